@@ -1,0 +1,28 @@
+"""kvarn: an LLM serving engine in which every technique is a swappable, composable, measured part.
+
+>>> from kvarn import LLM, SamplingParams
+>>> llm = LLM("smollm2-135m")
+>>> llm.generate(["The capital of France is"], SamplingParams(max_tokens=8))
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "SamplingParams", "__version__"]
+
+if TYPE_CHECKING:
+    from kvarn.core.request import SamplingParams
+    from kvarn.engine.llm import LLM
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `import kvarn` must not pull torch (it takes seconds)."""
+    if name == "LLM":
+        from kvarn.engine.llm import LLM
+
+        return LLM
+    if name == "SamplingParams":
+        from kvarn.core.request import SamplingParams
+
+        return SamplingParams
+    raise AttributeError(f"module 'kvarn' has no attribute {name!r}")

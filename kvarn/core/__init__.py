@@ -1,0 +1,1 @@
+"""The words of kvarn: data classes, protocols and errors that every other folder speaks."""

@@ -1,0 +1,114 @@
+"""`Part`, the base of every technique, the registry that finds them, and the capability solver.
+
+A part says what it `needs` and what it `gives`. The engine solves the capabilities once, at start;
+a conflict is one error that names both parts and the missing capability. Nothing is switched off in
+silence. Parts outside this package register through the entry-point group `kvarn.parts`.
+"""
+
+from collections.abc import Iterable, Sequence
+from enum import Enum
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, ClassVar
+
+from kvarn.core.errors import ConfigError, nearest
+
+
+class Cap(Enum):
+    """A property that one part may rely on and another may give or take away."""
+
+    PAGED_KV = "KV in pages behind tables"
+    TABLE_GROUPS = "several page tables for a sequence"
+    PREFIX_SHARING = "sequences share the pages of equal prefixes"
+    WINDOW_HOLES = "leading pages of a table may be given back"
+    FULL_LOGITS = "logits of every position, not only the last"
+    BATCH_INVARIANT = "results do not depend on the rest of the batch"
+    STEP_TIMES = "measured or modelled time of a step"
+
+
+class Part:
+    """A technique: one file, one class. Class attributes say what it is; fields are its options."""
+
+    name: ClassVar[str] = ""  #: what the user types
+    kind: ClassVar[str] = ""  #: the seam it plugs into: "scheduler", "prefix", "evict", ...
+    paper: ClassVar[str] = ""  #: arXiv id or venue; "" where there is none
+    regime: ClassVar[str] = ""  #: where it wins and where it loses, in a sentence
+    needs: ClassVar[frozenset[Cap]] = frozenset()
+    gives: ClassVar[frozenset[Cap]] = frozenset()
+    forbids: ClassVar[frozenset[Cap]] = frozenset()  #: cannot run beside a part that gives these
+
+
+#: parts that ship with kvarn: (kind, name) -> "module:Class"; imported only when asked for
+BUILT_IN: dict[tuple[str, str], str] = {
+    ("scheduler", "continuous"): "kvarn.schedule.continuous:Continuous",
+    ("scheduler", "prefill-first"): "kvarn.schedule.prefill_first:PrefillFirst",
+    ("scheduler", "orca"): "kvarn.schedule.orca:Orca",
+    ("scheduler", "static"): "kvarn.schedule.static:Static",
+    ("prefix", "hash"): "kvarn.kv.prefix.hashed:HashChain",
+    ("prefix", "radix"): "kvarn.kv.prefix.radix:Radix",
+    ("evict", "lru"): "kvarn.kv.evict.lru:LRU",
+    ("evict", "lfu"): "kvarn.kv.evict.lfu:LFU",
+    ("attention", "reference"): "kvarn.kernels.attention.reference:Reference",
+    ("attention", "cpu"): "kvarn.kernels.attention.cpu:CPUAttention",
+    ("attention", "invariant"): "kvarn.kernels.attention.invariant:Invariant",
+}
+
+
+def known() -> dict[tuple[str, str], str]:
+    """Every part that can be named: built in, and registered by installed packages."""
+    parts = dict(BUILT_IN)
+    for point in entry_points(group="kvarn.parts"):
+        kind, _, name = point.name.partition(".")
+        parts[kind, name] = point.value
+    return parts
+
+
+def find(kind: str, name: str) -> type[Part]:
+    """The class of a part; an unknown name is an error that names the nearest."""
+    parts = known()
+    names = [n for k, n in parts if k == kind]
+    if (kind, name) not in parts:
+        raise ConfigError(f"unknown {kind} {name!r}{nearest(name, names)}")
+    module, _, attribute = parts[kind, name].partition(":")
+    part = getattr(import_module(module), attribute)
+    assert issubclass(part, Part)
+    return part
+
+
+def describe() -> list[dict[str, Any]]:
+    """One row for each known part, for `kvarn parts`."""
+    rows = []
+    for kind, name in sorted(known()):
+        part = find(kind, name)
+        rows.append(
+            {
+                "name": name,
+                "kind": kind,
+                "paper": part.paper,
+                "needs": sorted(cap.name for cap in part.needs),
+                "gives": sorted(cap.name for cap in part.gives),
+                "regime": part.regime,
+                "result": None,
+            }
+        )
+    return rows
+
+
+def solve(parts: Sequence[type[Part]], base: Iterable[Cap] = ()) -> frozenset[Cap]:
+    """Check that every need is given and nothing forbidden is; return the capabilities in force.
+
+    `base` is what the engine gives without any part (by the model's shape and the device).
+    """
+    given = frozenset(base).union(*(part.gives for part in parts))
+    for part in parts:
+        for cap in sorted(part.needs - given, key=lambda c: c.name):
+            raise ConfigError(
+                f"{part.kind} {part.name!r} needs {cap.name} ({cap.value}), which nothing here gives"
+            )
+        for other in parts:
+            for cap in sorted(part.forbids & other.gives, key=lambda c: c.name):
+                raise ConfigError(
+                    f"{part.kind} {part.name!r} cannot run beside {other.kind} {other.name!r}, "
+                    f"which gives {cap.name} ({cap.value})"
+                )
+    return given

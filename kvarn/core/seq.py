@@ -1,0 +1,58 @@
+"""`Seq`: where one sequence of a request stands. Plain data; only the left side changes it."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from kvarn.core.plan import PageId, SeqId
+from kvarn.core.request import Request
+
+
+class Status(Enum):
+    """A sequence waits, runs, or is done."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Seq:
+    """One sequence: its known tokens, how far its KV is computed, and its page tables."""
+
+    id: SeqId
+    request: Request
+    index: int  #: which of the request's n sequences
+    tokens: list[int]  #: prompt and committed output
+    goal: int  #: positions that will ever be computed: the last token's KV is never needed
+    order: tuple[int, int]  #: (priority, arrival number): smaller goes first
+    computed: int = 0  #: positions whose KV is in pages, counting the steps in flight
+    pending: int = 0  #: tokens that steps in flight will append
+    drafts: int = 0  #: proposals at the end of `tokens` (none without speculation)
+    capacity: int = 0  #: positions that the tables have pages for
+    tables: list[list[PageId]] = field(default_factory=list)  #: by group; -1: page given back
+    dropped: list[int] = field(default_factory=list)  #: by group: leading pages given back (windows)
+    published: int = 0  #: leading pages offered to the prefix index
+    cursor: Any = None  #: deepest prefix-index node this sequence holds; None: keeps to itself
+    shared_tail: bool = False  #: the last, partial page may belong to a fork too
+    status: Status = Status.WAITING
+    cached: int = 0  #: prompt tokens found in the prefix cache at first admission
+    preemptions: int = 0
+    admitted_at: float | None = None  #: first time it entered a batch [s]
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+
+    @property
+    def prompt_len(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt)
+
+    @property
+    def n_output(self) -> int:
+        """Tokens generated and committed."""
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def todo(self) -> int:
+        """Positions to compute now: up to the known tokens plus those that are in flight."""
+        return min(len(self.tokens) + self.pending, self.goal) - self.computed
