@@ -19,7 +19,7 @@ Ints = NDArray[np.int64]
 class PagedRows:
     """One step's rows against one KV group, as CSR index lists. S spans, T rows, all arrays int64.
 
-    Row r of span s (rows `indptr[s]` to `indptr[s+1]`) stands at position `start[s] + r - indptr[s]`
+    Row r of span s (rows `indptr[s]` to `indptr[s+1]`) is at position `start[s] + r - indptr[s]`
     and sees the positions up to its own, within `window`. The pages of span s are
     `pages[page_indptr[s]:page_indptr[s+1]]`; the first of them holds position `base[s]` on
     (a multiple of `page_size`; above 0 where a window has left earlier pages behind).
@@ -54,10 +54,16 @@ class AttentionBackend(Protocol):
     """A way to attend; parts of kind "attention"."""
 
     def allocate(
-        self, n_layers: int, n_pages: int, page_size: int, n_kv_heads: int, head_dim: int,
-        kind: dtype, where: device,
+        self,
+        n_layers: int,
+        n_pages: int,
+        page_size: int,
+        n_kv_heads: int,
+        head_dim: int,
+        kind: dtype,
+        where: device,
     ) -> list[Any]:
-        """KV storage for the layers of one group, in this backend's own layout; one entry a layer."""
+        """KV storage for the layers of one group, in the backend's own layout; an entry a layer."""
         ...
 
     def plan(self, rows: PagedRows, lse: bool = False) -> AttentionPlan:
