@@ -28,19 +28,20 @@ class Seq:
     order: tuple[int, int]  #: (priority, arrival number): smaller goes first
     computed: int = 0  #: positions whose KV is in pages, counting the steps in flight
     pending: int = 0  #: tokens that steps in flight will append
-    drafts: int = 0  #: proposals at the end of `tokens` (none without speculation)
     capacity: int = 0  #: positions that the tables have pages for
-    tables: list[list[PageId]] = field(default_factory=list)  #: by group; -1: page given back
-    dropped: list[int] = field(default_factory=list)  #: by group: leading pages given back (windows)
-    published: int = 0  #: leading pages offered to the prefix index
-    cursor: Any = None  #: deepest prefix-index node this sequence holds; None: keeps to itself
-    shared_tail: bool = False  #: the last, partial page may belong to a fork too
+    tables: list[list[PageId]] = field(default_factory=list)  #: by group; NO_PAGE: given back
+    published: int = 0  #: leading pages entered in the prefix index
+    cursor: Any = None  #: the prefix-index node that this sequence pins
+    generates: bool = True  #: False for embeddings and for prompts that are only scored
+    sibling: "Seq | None" = None  #: the request's first sequence, to fork from (n > 1)
+    stops: frozenset[int] = frozenset()  #: tokens that end it
     status: Status = Status.WAITING
+    planned_step: int = -1  #: the last step that it was planned in
+    planned_from: int = 0  #: where its span of that step starts
     cached: int = 0  #: prompt tokens found in the prefix cache at first admission
     preemptions: int = 0
     admitted_at: float | None = None  #: first time it entered a batch [s]
-    first_token_at: float | None = None
-    last_token_at: float | None = None
+    first_token_at: float | None = None  #: [s]
 
     @property
     def prompt_len(self) -> int:

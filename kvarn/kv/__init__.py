@@ -1,0 +1,1 @@
+"""The KV cache: who owns which page (left), and where the pages' bytes are (`pool`, right)."""

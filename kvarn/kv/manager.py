@@ -1,0 +1,350 @@
+"""The one owner of KV pages: who holds which page of which group, and what may be taken back.
+
+A page is held by sequences (through their tables) and by the prefix index; `refs` counts both. Pages
+that only the index holds are *idle*: they serve prefix hits until someone needs the room. Nothing here
+touches memory: pages are numbers, so the simulator runs the same code.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+
+from kvarn.core.model import GroupSpec
+from kvarn.core.plan import PageCopy, PageId, TableEdit
+from kvarn.core.seq import Seq
+from kvarn.kv.prefix import NO_PAGE, Match, PrefixIndex
+
+_NEVER = 1 << 60  # `published` of a sequence whose content is in the index under other pages
+
+
+class KVManager:
+    """Page tables, reference counts, prefix sharing and eviction for all groups."""
+
+    def __init__(
+        self,
+        groups: Sequence[GroupSpec],
+        pages: Sequence[int],
+        page_size: int,
+        index: PrefixIndex | None = None,
+    ) -> None:
+        """`pages[g]`: pages in the pool of group g."""
+        self.groups = list(groups)
+        self.pages = list(pages)
+        self.page_size = page_size
+        self.index = index
+        self.has_windows = any(group.window is not None for group in groups)
+        self._start()
+
+    def _start(self) -> None:
+        self.free: list[list[PageId]] = [list(range(n - 1, -1, -1)) for n in self.pages]
+        self.refs: list[list[int]] = [[0] * n for n in self.pages]
+        self.indexed: list[bytearray] = [bytearray(n) for n in self.pages]
+        self._idle: list[OrderedDict[PageId, None]] = [OrderedDict() for _ in self.pages]
+
+    # what is there
+
+    def available(self, group: int) -> int:
+        """Pages that could be handed out now: free ones and idle ones."""
+        return len(self.free[group]) + len(self._idle[group])
+
+    def idle(self, group: int) -> int:
+        """Pages that only the prefix index holds."""
+        return len(self._idle[group])
+
+    def held(self, group: int) -> int:
+        """Pages that sequences hold."""
+        return self.pages[group] - self.available(group)
+
+    def room(self, seq: Seq) -> int:
+        """Most positions that `seq` could be extended by now."""
+        size = self.page_size
+        most = min(
+            len(table) + self.available(group) for group, table in enumerate(seq.tables)
+        )
+        return most * size - seq.computed
+
+    # a sequence's life
+
+    def lookup(self, seq: Seq) -> Match | None:
+        """The longest cached prefix of a waiting sequence; its last token is always computed."""
+        sampling = seq.request.sampling
+        if self.index is None or sampling.prompt_logprobs is not None or seq.request.pooling:
+            return None  # those need the hidden state of every position
+        limit = (len(seq.tokens) - 1) // self.page_size
+        return self.index.match(seq.tokens, seq.request.cache_salt, limit)
+
+    def fits(self, seq: Seq, match: Match | None, spare: int, chunk: int) -> bool:
+        """Whether the known tokens of a waiting `seq` fit, leaving `spare` pages of each group.
+
+        A window group needs room for one window and one `chunk` at a time only [positions].
+        """
+        size = self.page_size
+        for group, spec in enumerate(self.groups):
+            cached = self._useful(match, group) if match else []
+            positions = len(seq.tokens) - (match.length if match else 0) * size
+            if spec.window is not None:
+                positions = min(positions, spec.window + chunk)
+            idle = sum(1 for page in cached if self.refs[group][page] == 1)
+            if self.available(group) - idle - spare < -(-positions // size):
+                return False
+        return True
+
+    def attach(self, seq: Seq, match: Match | None, now: float) -> None:
+        """Give a waiting `seq` its tables: the cached prefix, or nothing yet."""
+        seq.computed = 0
+        seq.published = 0
+        if match is None:
+            seq.tables = [[] for _ in self.groups]
+            if self.index is None:
+                seq.published = _NEVER
+            else:
+                empty = self.index.match([], seq.request.cache_salt, 0)
+                seq.cursor = self.index.take(empty, now)
+        else:
+            assert self.index is not None
+            seq.cursor = self.index.take(match, now)
+            seq.published = match.length
+            seq.computed = match.length * self.page_size
+            seq.tables = []
+            for group, pages in enumerate(match.pages):
+                useful = self._useful(match, group)
+                seq.tables.append([NO_PAGE] * (len(pages) - len(useful)) + useful)
+                for page in useful:
+                    self._hold(group, page)
+        seq.capacity = seq.computed
+
+    def reserve(self, seq: Seq, end: int, now: float) -> list[TableEdit] | None:
+        """Pages for positions up to `end`; None, and nothing changed, when there is no room.
+
+        Full-attention groups get pages for all known tokens at once, so that a prompt that was let
+        in never has to fight for the rest of its pages; window groups go chunk by chunk.
+        """
+        size = self.page_size
+        wants: list[int] = []
+        for group, spec in enumerate(self.groups):
+            positions = end if spec.window is not None else max(end, len(seq.tokens))
+            wants.append(max(0, -(-positions // size) - len(seq.tables[group])))
+            if wants[group] > self.available(group):
+                return None
+        edits = []
+        for group, want in enumerate(wants):
+            if want:
+                table = seq.tables[group]
+                pages = self._take(group, want, now)
+                edits.append(TableEdit(seq.id, group, len(table), pages))
+                table += pages
+        seq.capacity = min(len(table) for table in seq.tables) * size
+        return edits
+
+    def can_fork(self, parent: Seq, child: Seq) -> bool:
+        """Whether `parent` still has every page of its prompt that the child's queries can see."""
+        whole, partial = divmod(child.prompt_len - 1, self.page_size)
+        end = whole + (partial > 0)
+        for spec, table in zip(self.groups, parent.tables):
+            first = 0 if spec.window is None else max(0, child.prompt_len - spec.window)
+            if NO_PAGE in table[first // self.page_size : end]:
+                return False
+        return True
+
+    def fork(self, parent: Seq, child: Seq, now: float) -> list[PageCopy] | None:
+        """Give `child` its parent's prompt: whole pages shared, the partial last page copied.
+
+        The child recomputes the prompt's last position (its logits choose the child's first token)
+        and so writes to the last page at once: copy-on-write with the write already due. None, and
+        nothing changed, when there is no room for that page.
+        """
+        shared = child.prompt_len - 1  # positions
+        whole, partial = divmod(shared, self.page_size)
+        if any(self.available(group) < 1 for group in range(len(self.groups))):
+            return None
+        copies = []
+        self._fork_cursor(parent, child, whole, now)
+        child.tables = []
+        for group, table in enumerate(parent.tables):
+            mine = table[:whole]
+            for page in mine:
+                if page != NO_PAGE:
+                    self._hold(group, page)
+            if partial:
+                tail = self._take(group, 1, now)[0]
+                copies.append(PageCopy(group, table[whole], tail))
+                mine.append(tail)
+            child.tables.append(mine)
+        child.computed = shared
+        child.capacity = len(child.tables[0]) * self.page_size
+        return copies
+
+    def _fork_cursor(self, parent: Seq, child: Seq, whole: int, now: float) -> None:
+        """Pin the shared pages for `child`; publish nothing if they are not what the index has."""
+        child.published = _NEVER
+        if self.index is None:
+            return
+        salt = child.request.cache_salt
+        match = self.index.match(child.request.prompt, salt, whole)
+        shared = [table[:whole] for table in parent.tables]
+        if match.length == whole and match.pages[0] == shared[0]:
+            child.published = whole
+        else:
+            match = self.index.match([], salt, 0)
+        child.cursor = self.index.take(match, now)
+
+    def slide(self, seq: Seq, start: int) -> None:
+        """Give back what no query from position `start` on can see (window groups only)."""
+        for group, spec in enumerate(self.groups):
+            if spec.window is None:
+                continue
+            table = seq.tables[group]
+            at = min(len(table), max(0, start - spec.window + 1) // self.page_size) - 1
+            while at >= 0 and table[at] != NO_PAGE:
+                self._let_go(group, table[at])
+                table[at] = NO_PAGE
+                at -= 1
+
+    def publish(self, seq: Seq, now: float) -> None:
+        """Enter the whole pages that `seq` has computed (or will, in the step being planned)."""
+        index, size = self.index, self.page_size
+        whole = min(seq.computed, len(seq.tokens)) // size
+        if index is None or whole <= seq.published:
+            return
+        start = seq.published
+        pages = [table[start:whole] for table in seq.tables]
+        node = index.insert(seq.cursor, seq.tokens[start * size : whole * size], pages, now)
+        if node is None:  # somebody computed the same content; ours stays our own
+            seq.published = _NEVER
+            return
+        if node is not seq.cursor:
+            index.pin(node)
+            index.unpin(seq.cursor, now)
+            seq.cursor = node
+        for group, group_pages in enumerate(pages):
+            for page in group_pages:
+                if page != NO_PAGE:
+                    self.refs[group][page] += 1
+                    self.indexed[group][page] = 1
+        seq.published = whole
+
+    def release(self, seq: Seq, now: float, keep: bool = True) -> None:
+        """Take everything from `seq`; what it published stays for prefix hits.
+
+        `keep=False` after a failed step: what was computed last is not entered.
+        """
+        if keep:
+            self.publish(seq, now)
+        for group, table in enumerate(seq.tables):
+            for page in reversed(table):
+                if page != NO_PAGE:
+                    self._let_go(group, page)
+        if self.index is not None and seq.cursor is not None:
+            self.index.unpin(seq.cursor, now)
+        seq.tables, seq.cursor, seq.published = [], None, 0
+        seq.computed = seq.capacity = 0
+
+    def clear(self, now: float) -> int:
+        """Drop every idle page from the prefix index; the number of pages given up."""
+        dropped = 0
+        for group in range(len(self.groups)):
+            count = self.idle(group)
+            dropped += count
+            if count:
+                self._reclaim(group, count, now)
+        return dropped
+
+    # pages
+
+    def _useful(self, match: Match, group: int) -> list[PageId]:
+        """The matched pages that a query after the match can see: the end of the run."""
+        pages = match.pages[group]
+        window = self.groups[group].window
+        if window is None:
+            return pages
+        return pages[max(0, match.length * self.page_size - window + 1) // self.page_size :]
+
+    def _take(self, group: int, count: int, now: float) -> list[PageId]:
+        """`count` pages, each with one holder; the caller has checked that they are available."""
+        free = self.free[group]
+        if len(free) < count:
+            self._reclaim(group, count - len(free), now)
+        refs = self.refs[group]
+        taken = [free.pop() for _ in range(count)]
+        for page in taken:
+            refs[page] = 1
+        return taken
+
+    def _hold(self, group: int, page: PageId) -> None:
+        if self.refs[group][page] == 1 and self.indexed[group][page]:
+            self._idle[group].pop(page, None)
+        self.refs[group][page] += 1
+
+    def _let_go(self, group: int, page: PageId) -> None:
+        refs = self.refs[group]
+        refs[page] -= 1
+        if refs[page] == 0:
+            self.free[group].append(page)
+        elif refs[page] == 1 and self.indexed[group][page]:
+            self._idle[group][page] = None
+
+    def _reclaim(self, group: int, count: int, now: float) -> None:
+        """Turn at least `count` idle pages of `group` into free ones."""
+        assert self.index is not None
+        if self.groups[group].window is None:
+            for other, pages in enumerate(self.index.evict(count, now)):
+                for page in pages:
+                    self._unindex(other, page)
+        else:  # a window's pages are useful one by one: the longest idle go first
+            for page in [p for p, _ in zip(self._idle[group], range(count))]:
+                self.index.forget(group, page)
+                self._unindex(group, page)
+
+    def _unindex(self, group: int, page: PageId) -> None:
+        self._idle[group].pop(page, None)
+        self.indexed[group][page] = 0
+        self.refs[group][page] = 0
+        self.free[group].append(page)
+
+    # trust
+
+    def check_integrity(self, seqs: Iterable[Seq]) -> list[str]:
+        """Recount every page from the tables and the index; repair and describe each difference.
+
+        Called when the engine is idle and by tests; an empty list is the only good answer.
+        """
+        seqs = list(seqs)
+        problems = []
+        for group in range(len(self.groups)):
+            held = Counter(
+                page for seq in seqs for page in (seq.tables or [[]] * len(self.groups))[group]
+            )
+            known = Counter(
+                page for node in (self.index.nodes() if self.index else []) for page in node.pages[group]
+            )
+            del held[NO_PAGE], known[NO_PAGE]
+            for page in range(self.pages[group]):
+                refs, inside = held[page] + known[page], known[page] > 0
+                if refs != self.refs[group][page] or inside != bool(self.indexed[group][page]):
+                    problems.append(
+                        f"group {group} page {page}: counted {refs} holders (indexed: {inside}), "
+                        f"recorded {self.refs[group][page]} ({bool(self.indexed[group][page])})"
+                    )
+            idle = {page for page in known if not held[page]}
+            free = {page for page in range(self.pages[group]) if not held[page] and not known[page]}
+            if idle != set(self._idle[group]):
+                problems.append(f"group {group}: {len(self._idle[group])} idle, counted {len(idle)}")
+            if free != set(self.free[group]) or len(free) != len(self.free[group]):
+                problems.append(f"group {group}: {len(self.free[group])} free, counted {len(free)}")
+            if problems:
+                self._repair(group, held, known, sorted(free), sorted(idle))
+        return problems
+
+    def _repair(
+        self,
+        group: int,
+        held: Counter[PageId],
+        known: Counter[PageId],
+        free: list[PageId],
+        idle: list[PageId],
+    ) -> None:
+        """Set the books of one group to what was counted."""
+        pages = range(self.pages[group])
+        self.refs[group] = [held[page] + known[page] for page in pages]
+        self.indexed[group] = bytearray(known[page] > 0 for page in pages)
+        self.free[group] = free
+        self._idle[group] = OrderedDict.fromkeys(idle)

@@ -1,0 +1,248 @@
+"""`ControlPlane`: everything that is decided, for one engine. The left half of the step.
+
+The real engine and the simulator drive the very same object; only the executor and the clock differ:
+
+    plan = control.plan(now)
+    result = executor.run(plan)
+    progress = control.apply(plan, result, now)
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from kvarn.core.errors import QueueFull
+from kvarn.core.output import EngineStats, FinishReason
+from kvarn.core.plan import SeqId, SpanResult, StepPlan, StepResult
+from kvarn.core.request import Request
+from kvarn.core.seq import Seq, Status
+from kvarn.kv.manager import KVManager
+from kvarn.schedule import Scheduler
+from kvarn.schedule.planner import Planner, Queues
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a step brought to one sequence."""
+
+    seq: Seq
+    tokens: list[int]  #: newly committed
+    finish: FinishReason | None = None
+    stop: int | None = None  #: the token that ended it
+    extra: SpanResult | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class Capacity:
+    """Limits of one engine."""
+
+    budget: int  #: positions computed in one step
+    max_seqs: int  #: sequences that run at once
+    max_len: int  #: longest sequence [tokens]
+    max_queue: int  #: sequences that may wait
+
+
+@dataclass(slots=True)
+class _Counters:
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    finished: dict[str, int] = field(default_factory=dict)
+    queue_time: float = 1.0  #: moving average of the time to admission [s]
+
+
+class ControlPlane:
+    """Requests, queues, pages and plans of one engine."""
+
+    def __init__(self, scheduler: Scheduler, kv: KVManager, capacity: Capacity) -> None:
+        self.scheduler = scheduler
+        self.kv = kv
+        self.capacity = capacity
+        self.queues = Queues()
+        self.seqs: dict[SeqId, Seq] = {}
+        self._by_request: dict[str, list[Seq]] = {}
+        self._gone: list[SeqId] = []  # left since the last plan: the executor must forget them
+        self._next_seq = 0
+        self._step = 0
+        self._count = _Counters()
+
+    # requests
+
+    def add(self, request: Request) -> list[Seq]:
+        """Queue a request (already validated) as `n` sequences."""
+        n = request.sampling.n
+        if len(self.queues.waiting) + n > self.capacity.max_queue + self.free_places:
+            raise QueueFull(
+                f"the queue is full ({self.capacity.max_queue} waiting); try again later",
+                retry_after=max(1.0, round(self._count.queue_time)),
+            )
+        seqs: list[Seq] = []
+        for index in range(n):
+            seq = self._new_seq(request, index)
+            seq.sibling = seqs[0] if seqs else None
+            seqs.append(seq)
+            self.seqs[seq.id] = seq
+            self.queues.enqueue(seq)
+        self._by_request[request.id] = seqs
+        return seqs
+
+    @property
+    def free_places(self) -> int:
+        """Sequences that could run beside those that do; they need no place in the queue."""
+        return self.capacity.max_seqs - len(self.queues.running)
+
+    def _new_seq(self, request: Request, index: int) -> Seq:
+        params = request.sampling
+        room = self.capacity.max_len - len(request.prompt)
+        outputs = room if params.max_tokens is None else min(params.max_tokens, room)
+        generates = request.pooling is None and outputs > 0
+        stops = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            stops.update(request.eos_ids)
+        seq = Seq(
+            id=self._next_seq,
+            request=request,
+            index=index,
+            tokens=list(request.prompt),
+            goal=len(request.prompt) + max(outputs - 1, 0),
+            order=(request.priority, self._next_seq),
+            generates=generates,
+            stops=frozenset(stops),
+        )
+        self._next_seq += 1
+        return seq
+
+    def abort(self, request_id: str, now: float) -> list[Seq]:
+        """Drop a request; its pages are free at once, its rows leave with the next plan."""
+        seqs = [s for s in self._by_request.get(request_id, []) if s.status is not Status.FINISHED]
+        for seq in seqs:
+            self.finish(seq, "abort", now)
+        return seqs
+
+    def finish(self, seq: Seq, reason: FinishReason, now: float, keep: bool = True) -> None:
+        """End a sequence. `keep=False`: what it computed last must not serve prefix hits."""
+        self.queues.remove(seq)
+        if seq.status is Status.RUNNING:
+            self.kv.release(seq, now, keep)
+            self._gone.append(seq.id)
+        seq.status = Status.FINISHED
+        self._count.finished[reason] = self._count.finished.get(reason, 0) + 1
+        del self.seqs[seq.id]
+        siblings = self._by_request[seq.request.id]
+        if all(s.status is Status.FINISHED for s in siblings):
+            del self._by_request[seq.request.id]
+
+    def knows(self, request_id: str) -> bool:
+        """Whether the request is open."""
+        return request_id in self._by_request
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence waits or runs, or the executor has rows to forget."""
+        return bool(self.seqs or self._gone)
+
+    # the step
+
+    def plan(self, now: float) -> StepPlan:
+        """Decide the next step."""
+        plan = StepPlan(self._step, stops=self._gone)
+        self._gone = []
+        self._step += 1
+        capacity = self.capacity
+        step = Planner(plan, self.queues, self.kv, capacity.budget, capacity.max_seqs, now)
+        self.scheduler.plan(step, now)
+        count = self._count
+        count.preemptions += len(step.preempted)
+        for seq in step.admitted:
+            if seq.preemptions == 0:
+                count.prompt_tokens += seq.prompt_len
+                count.cached_tokens += seq.cached
+                count.queue_time += 0.1 * (now - seq.request.arrival - count.queue_time)
+        return plan
+
+    def apply(self, plan: StepPlan, result: StepResult, now: float) -> list[Progress]:
+        """Commit what the step gave: tokens, ends, first-token times."""
+        progress = []
+        extras = result.extras
+        for i, span in enumerate(plan.spans):
+            seq = self.seqs.get(span.seq)
+            if seq is None:
+                continue  # it ended while this step was in flight
+            extra = extras.get(i) if extras else None
+            if extra is not None and extra.error is not None:
+                self.finish(seq, "error", now)
+                progress.append(Progress(seq, [], "error", None, extra))
+            elif span.wants_logits:
+                seq.pending -= 1
+                progress.append(self._commit(seq, result.tokens[i], extra, now))
+            elif not seq.generates and span.start + span.length >= seq.goal:
+                self.finish(seq, "length" if seq.request.pooling is None else "stop", now)
+                progress.append(Progress(seq, [], "length", None, extra))
+            elif extra is not None:
+                progress.append(Progress(seq, [], None, None, extra))
+        return progress
+
+    def _commit(
+        self, seq: Seq, tokens: list[int], extra: SpanResult | None, now: float
+    ) -> Progress:
+        """Append new tokens up to the first that ends the sequence."""
+        if seq.first_token_at is None:
+            seq.first_token_at = now
+        minimum = seq.prompt_len + seq.request.sampling.min_tokens
+        known = seq.tokens
+        for i, token in enumerate(tokens):
+            known.append(token)
+            if token in seq.stops and len(known) > minimum:
+                return self._end(seq, tokens[: i + 1], "stop", token, extra, now)
+            if len(known) > seq.goal:
+                return self._end(seq, tokens[: i + 1], "length", None, extra, now)
+        self._count.output_tokens += len(tokens)
+        return Progress(seq, tokens, None, None, extra)
+
+    def _end(
+        self,
+        seq: Seq,
+        tokens: list[int],
+        reason: FinishReason,
+        stop: int | None,
+        extra: SpanResult | None,
+        now: float,
+    ) -> Progress:
+        self._count.output_tokens += len(tokens)
+        self.finish(seq, reason, now)
+        return Progress(seq, tokens, reason, stop, extra)
+
+    def fail(self, plans: Iterable[StepPlan], now: float) -> list[Seq]:
+        """A step broke: end every sequence in `plans`, and distrust what they computed."""
+        broken: dict[SeqId, Seq] = {}
+        for plan in plans:
+            for span in plan.spans:
+                if span.seq in self.seqs:
+                    broken[span.seq] = self.seqs[span.seq]
+        for seq in broken.values():
+            self.finish(seq, "error", now, keep=False)
+        self.kv.clear(now)
+        return list(broken.values())
+
+    # what is there
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges."""
+        count = self._count
+        return EngineStats(
+            running=len(self.queues.running),
+            waiting=len(self.queues.waiting),
+            kv_pages=self.kv.pages[0],
+            kv_pages_used=self.kv.held(0),
+            kv_pages_cached=self.kv.idle(0),
+            preemptions=count.preemptions,
+            prompt_tokens=count.prompt_tokens,
+            cached_tokens=count.cached_tokens,
+            output_tokens=count.output_tokens,
+            steps=self._step,
+            finished=dict(count.finished),
+        )
+
+    def check_integrity(self) -> list[str]:
+        """Differences found (and repaired) between the page books and a recount."""
+        return self.kv.check_integrity(self.queues.running)

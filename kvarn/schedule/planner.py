@@ -1,0 +1,189 @@
+"""`Planner`: one step in the making, with the verbs that a scheduler may use.
+
+It keeps every rule that no scheduler may break: the token budget, page ownership, who may be
+preempted for whom. A scheduler only chooses the order: `advance` running sequences, `admit` waiting
+ones, and read `running`, `waiting` and `budget`.
+"""
+
+from bisect import insort
+from collections.abc import Iterator
+
+from kvarn.core.plan import SeqStart, Span, StepPlan
+from kvarn.core.seq import Seq, Status
+from kvarn.kv.manager import KVManager
+
+
+def order_of(seq: Seq) -> tuple[int, int]:
+    """Who goes first: priority, then arrival."""
+    return seq.order
+
+
+class Queues:
+    """The sequences of an engine by status, each kept in order."""
+
+    def __init__(self) -> None:
+        self.running: list[Seq] = []
+        self.waiting: list[Seq] = []
+
+    def enqueue(self, seq: Seq) -> None:
+        """Put `seq` among the waiting, where its order belongs."""
+        seq.status = Status.WAITING
+        insort(self.waiting, seq, key=order_of)
+
+    def start(self, seq: Seq) -> None:
+        """Move `seq` from waiting to running."""
+        self.waiting.remove(seq)
+        seq.status = Status.RUNNING
+        insort(self.running, seq, key=order_of)
+
+    def remove(self, seq: Seq) -> None:
+        """Take `seq` out of whichever queue holds it."""
+        (self.running if seq.status is Status.RUNNING else self.waiting).remove(seq)
+
+
+class Planner:
+    """Forms one `StepPlan`; made anew for each step."""
+
+    def __init__(
+        self, plan: StepPlan, queues: Queues, kv: KVManager, budget: int, max_seqs: int, now: float
+    ) -> None:
+        self.plan = plan
+        self.kv = kv
+        self.budget = budget  #: positions that may still be planned
+        self.chunk = budget  #: most positions that one step could give a sequence
+        self.max_seqs = max_seqs
+        self.now = now
+        self.preempted: list[Seq] = []
+        self.admitted: list[Seq] = []
+        self._queues = queues
+        self._watermark = [pages // 100 for pages in kv.pages]
+
+    @property
+    def running(self) -> list[Seq]:
+        """Running sequences in order; a copy, since advancing one may preempt another."""
+        return list(self._queues.running)
+
+    @property
+    def waiting(self) -> Iterator[Seq]:
+        """Waiting sequences in order, without those that a running sibling will soon fork."""
+        for seq in list(self._queues.waiting):
+            if seq.pending == 0 and not self._soon_forked(seq):
+                yield seq
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether anybody waits at all."""
+        return bool(self._queues.waiting)
+
+    def advance(self, seq: Seq, count: int) -> bool:
+        """Compute the next `count` positions of a running `seq` in this step.
+
+        False when there was no room: later sequences are preempted for it, but never earlier ones;
+        with nobody left to preempt, `seq` itself goes back to the queue.
+        """
+        start = seq.computed
+        end = start + count
+        if self.kv.has_windows:
+            self.kv.slide(seq, start)
+        if end > seq.capacity and not self._make_room(seq, end):
+            return False
+        known = len(seq.tokens) + seq.pending
+        wants_logits = end == known and seq.generates
+        self.plan.spans.append(Span(seq.id, start, count, 0, wants_logits))
+        seq.computed = end
+        if wants_logits:
+            seq.pending += 1
+        seq.planned_step = self.plan.step
+        seq.planned_from = start
+        self.budget -= count
+        if end // self.kv.page_size > seq.published:
+            self.kv.publish(seq, self.now)
+        return True
+
+    def admit(self, seq: Seq, count: int | None = None) -> bool:
+        """Let a waiting `seq` in, with up to `count` positions in this step; False if no room.
+
+        Its cached prefix is not computed again; a sibling of a running sequence is forked from it.
+        """
+        if self.budget < 1 or len(self._queues.running) >= self.max_seqs:
+            return False
+        parent = self._parent(seq)
+        if parent is not None and self.kv.can_fork(parent, seq):
+            copies = self.kv.fork(parent, seq, self.now)
+            if copies is None:
+                return False
+            self.plan.copies += copies
+        else:
+            match = self.kv.lookup(seq)
+            spare = max(self._watermark) if self._queues.running else 0
+            if not self.kv.fits(seq, match, spare, self.chunk):
+                return False
+            self.kv.attach(seq, match, self.now)
+        if seq.admitted_at is None:
+            seq.admitted_at = self.now
+            seq.cached = seq.computed
+        self._queues.start(seq)
+        self.admitted.append(seq)
+        todo = min(seq.todo, self.budget, seq.todo if count is None else count)
+        edits_before = len(self.plan.edits)
+        advanced = self.advance(seq, todo)
+        assert advanced, "fits() promised room"
+        del self.plan.edits[edits_before:]  # the whole table travels with the start
+        self.plan.starts.append(
+            SeqStart(
+                seq.id,
+                seq.request,
+                seq.index,
+                list(seq.tokens),
+                seq.prompt_len,
+                [list(table) for table in seq.tables],
+            )
+        )
+        return True
+
+    def preempt(self, seq: Seq) -> None:
+        """Send a running `seq` back to the queue; it will be computed again (or found in cache)."""
+        self._queues.remove(seq)
+        self.kv.release(seq, self.now)
+        seq.preemptions += 1
+        self.plan.stops.append(seq.id)
+        self.preempted.append(seq)
+        self._queues.enqueue(seq)
+
+    def _make_room(self, seq: Seq, end: int) -> bool:
+        while (edits := self.kv.reserve(seq, end, self.now)) is None:
+            victim = self._victim(seq)
+            self.preempt(victim)
+            if victim is seq:
+                return False
+        self.plan.edits += edits
+        return True
+
+    def _victim(self, seq: Seq) -> Seq:
+        """The last running sequence that is not in this step yet; `seq` if all others are before it."""
+        for other in reversed(self._queues.running):
+            if other is seq or other.order < seq.order:
+                break
+            if other.planned_step != self.plan.step:
+                return other
+        return seq
+
+    def _parent(self, seq: Seq) -> Seq | None:
+        """The running first sibling of a fork-to-be, once its prompt is computed before this step."""
+        parent = seq.sibling
+        if parent is None or parent.status is not Status.RUNNING or len(seq.tokens) > seq.prompt_len:
+            return None
+        return parent if self._settled(parent) >= seq.prompt_len - 1 else None
+
+    def _soon_forked(self, seq: Seq) -> bool:
+        parent = seq.sibling
+        return (
+            parent is not None
+            and parent.status is Status.RUNNING
+            and len(seq.tokens) == seq.prompt_len
+            and self._settled(parent) < seq.prompt_len - 1
+        )
+
+    def _settled(self, seq: Seq) -> int:
+        """Positions of `seq` computed by earlier steps."""
+        return seq.planned_from if seq.planned_step == self.plan.step else seq.computed
