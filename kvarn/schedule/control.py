@@ -176,8 +176,9 @@ class ControlPlane:
                 seq.pending -= 1
                 progress.append(self._commit(seq, result.tokens[i], extra, now))
             elif not seq.generates and span.start + span.length >= seq.goal:
-                self.finish(seq, "length" if seq.request.pooling is None else "stop", now)
-                progress.append(Progress(seq, [], "length", None, extra))
+                reason: FinishReason = "length" if seq.request.pooling is None else "stop"
+                self.finish(seq, reason, now)
+                progress.append(Progress(seq, [], reason, None, extra))
             elif extra is not None:
                 progress.append(Progress(seq, [], None, None, extra))
         return progress

@@ -40,11 +40,12 @@ class PrefixTree(Part):
     def match(self, tokens: Sequence[int], salt: str, limit: int) -> Match:
         """Longest cached prefix of at most `limit` pages, with every window before its end whole."""
         path = self._walk(self._root(salt), tokens, limit)
+        agreeing = min(limit, self._agreeing(path, tokens))
         pages = [
-            [page for node in path for page in node.pages[group]][:limit]
+            [page for node in path for page in node.pages[group]][:agreeing]
             for group in range(len(self.windows))
         ]
-        length = min(self._usable(pages), self._agreeing(path, tokens))
+        length = self._usable(pages)
         return Match(path, length, [group_pages[:length] for group_pages in pages])
 
     def take(self, match: Match, now: float) -> Node:
