@@ -1,0 +1,1 @@
+"""Models: shapes read from configs, one decoder for the dense families, loaders and tokenizers."""

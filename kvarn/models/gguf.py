@@ -1,0 +1,206 @@
+"""GGUF conventions: `ModelSpec` from the metadata, and tensors under their Hugging Face names."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvarn.core.errors import ModelError
+from kvarn.core.model import ModelSpec, RopeScaling
+from kvarn.models.gguf_file import GGUFFile
+
+#: architecture as GGUF names it -> family
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "mistral",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3",
+}
+
+#: our names -> GGUF's, inside a layer
+LAYER_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+TOP_NAMES = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+
+#: control tokens that end a turn of a chat, whatever the metadata's one end token is
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>")
+
+
+def spec_from_gguf(file: GGUFFile, name: str) -> ModelSpec:
+    """The shape of the model in `file`; `ModelError` for a family that is not supported."""
+    meta = file.metadata
+    arch = meta.get("general.architecture", "(none)")
+    if arch not in ARCHITECTURES:
+        raise ModelError(
+            f"{file.path}: architecture {arch!r} is not supported; "
+            f"supported: {', '.join(sorted(ARCHITECTURES))}"
+        )
+    family = ARCHITECTURES[arch]
+    get = _Getter(file, arch)
+    n_layers, hidden, n_heads = get("block_count"), get("embedding_length"), get("attention.head_count")
+    head_dim = get("attention.key_length", hidden // n_heads)
+    gemma = family.startswith("gemma")
+    return ModelSpec(
+        family=family,
+        name=name,
+        n_layers=n_layers,
+        hidden=hidden,
+        ffn=get("feed_forward_length"),
+        n_heads=n_heads,
+        n_kv_heads=get("attention.head_count_kv", n_heads),
+        head_dim=head_dim,
+        vocab=_shape(file, "token_embd.weight")[0],
+        max_len=get("context_length"),
+        norm_eps=round(get("attention.layer_norm_rms_epsilon"), 12),
+        rope_theta=get("rope.freq_base", 1e6 if family == "gemma3" else 1e4),
+        rope_local_theta=get("rope.freq_base_swa", 1e4) if family == "gemma3" else None,
+        rope_scaling=_rope_scaling(file, get, head_dim),
+        windows=_windows(family, n_layers, get("attention.sliding_window", 0)),
+        activation="gelu_tanh" if gemma else "silu",
+        qkv_bias="blk.0.attn_q.bias" in file.tensors,
+        out_bias="blk.0.attn_output.bias" in file.tensors,
+        mlp_bias="blk.0.ffn_up.bias" in file.tensors,
+        qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
+        norm_offset=1.0 if gemma else 0.0,
+        sandwich_norms=gemma,
+        embed_scale=hidden**0.5 if gemma else 1.0,
+        attn_scale=_attn_scale(family, n_layers, hidden, n_heads),
+        attn_softcap=get("attn_logit_softcapping", 50.0) if family == "gemma2" else None,
+        logit_softcap=get("final_logit_softcapping", 30.0) if family == "gemma2" else None,
+        tie_embeddings="output.weight" not in file.tensors,
+        eos_ids=_eos_ids(meta),
+        bos_id=meta.get("tokenizer.ggml.bos_token_id"),
+    )
+
+
+class _Getter:
+    """Metadata of one architecture: `get("block_count")` reads "llama.block_count"."""
+
+    def __init__(self, file: GGUFFile, arch: str) -> None:
+        self.file, self.arch = file, arch
+
+    def __call__(self, key: str, default: Any = None) -> Any:
+        value = self.file.metadata.get(f"{self.arch}.{key}", default)
+        if value is None:
+            raise ModelError(f"{self.file.path}: metadata has no {self.arch}.{key}")
+        if isinstance(value, list):
+            if len(set(value)) != 1:
+                raise ModelError(
+                    f"{self.file.path}: {self.arch}.{key} differs from layer to layer, "
+                    f"which is not supported"
+                )
+            return value[0]
+        return value
+
+
+def _shape(file: GGUFFile, name: str) -> tuple[int, ...]:
+    if name not in file.tensors:
+        raise file.broken(name, "is missing")
+    return file.tensors[name].shape
+
+
+def _windows(family: str, n_layers: int, window: int) -> tuple[int | None, ...]:
+    """Gemma alternates: every second (2) or all but every sixth layer (3) slides."""
+    if not window or family in ("qwen2", "qwen3"):
+        return ()
+    period = {"gemma2": 2, "gemma3": 6}.get(family)
+    if period is None:
+        return (window,) * n_layers
+    return tuple(None if (i + 1) % period == 0 else window for i in range(n_layers))
+
+
+def _attn_scale(family: str, n_layers: int, hidden: int, n_heads: int) -> float | None:
+    """Only the 27B Gemmas depart from head_dim ** -0.5; the metadata does not say so."""
+    largest = {"gemma2": 46, "gemma3": 62}.get(family)
+    return (hidden / n_heads) ** -0.5 if n_layers == largest else None
+
+
+def _rope_scaling(file: GGUFFile, get: _Getter, head_dim: int) -> RopeScaling | None:
+    kind = get("rope.scaling.type", "none")
+    if kind == "linear":
+        return RopeScaling("linear", get("rope.scaling.factor"))
+    if kind != "none":
+        raise ModelError(
+            f"{file.path}: rope scaling {kind!r} is not supported; supported: linear, llama3"
+        )
+    if "rope_freqs.weight" not in file.tensors:
+        return None
+    return _llama3_scaling(file, get("rope.freq_base", 1e4), head_dim)
+
+
+def _llama3_scaling(file: GGUFFile, theta: float, head_dim: int) -> RopeScaling:
+    """Llama 3's scaling is stored as divisors of the frequencies; find the parameters again."""
+    from kvarn.kernels.rope import frequencies
+
+    divisors = file.read("rope_freqs.weight").float()
+    scaling = RopeScaling("llama3", factor=round(divisors.max().item(), 4))
+    expected = frequencies(head_dim, theta, None) / frequencies(head_dim, theta, scaling)
+    if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-3):
+        raise file.broken("rope_freqs.weight", "holds a rope scaling other than llama3's")
+    return scaling
+
+
+def _eos_ids(meta: dict[str, Any]) -> tuple[int, ...]:
+    """The end tokens that the metadata names, and those that end a turn of its chat template."""
+    ids = [meta.get(f"tokenizer.ggml.{k}_token_id") for k in ("eos", "eot", "eom")]
+    template = meta.get("tokenizer.chat_template", "")
+    wanted = {token for token in TURN_ENDS if token in template}
+    if wanted:
+        tokens = meta.get("tokenizer.ggml.tokens", [])
+        ids += [i for i, token in enumerate(tokens) if token in wanted]
+    return tuple(dict.fromkeys(i for i in ids if i is not None))
+
+
+class GGUFWeights:
+    """`Weights` of a GGUF file, turned back into Hugging Face's conventions."""
+
+    def __init__(self, file: GGUFFile, spec: ModelSpec) -> None:
+        self.file, self.spec = file, spec
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """See `Weights.read`."""
+        stored = self._stored_name(name)
+        found = _shape(self.file, stored)
+        if found != shape:
+            raise self.file.broken(stored, f"has shape {list(found)}, expected {list(shape)}")
+        x = self.file.read(stored)
+        if self.spec.norm_offset and "norm" in stored:
+            x = x.float() - self.spec.norm_offset
+        # the converter interleaves the halves of q and k for this architecture only
+        if self.file.metadata["general.architecture"] == "llama" and (
+            stored.split(".")[-2] in ("attn_q", "attn_k")
+        ):
+            x = _rotate_half_order(x, self.spec.head_dim)
+        return x
+
+    def _stored_name(self, name: str) -> str:
+        stem, _, kind = name.rpartition(".")
+        if not stem.startswith("layers."):
+            return f"{TOP_NAMES[stem]}.{kind}"
+        _, layer, inner = stem.split(".", 2)
+        if inner == "post_attention_layernorm":
+            inner = "post_attention_norm" if self.spec.sandwich_norms else "ffn_norm"
+        else:
+            inner = LAYER_NAMES[inner]
+        return f"blk.{layer}.{inner}.{kind}"
+
+
+def _rotate_half_order(x: Tensor, head_dim: int) -> Tensor:
+    """Rows of q or k [heads * d, ...] from interleaved pairs to first and second halves."""
+    rest = x.shape[1:]
+    pairs = x.reshape(-1, head_dim // 2, 2, *rest)
+    return pairs.transpose(1, 2).reshape(-1, *rest)
