@@ -1,0 +1,218 @@
+"""Structured output: which tokens may come next under a JSON schema, regular expression or grammar.
+
+`GrammarCompiler` compiles and caches, and tells whether a grammar is sound before its request is
+queued. A `Matcher` follows one sequence: `allowed(output)` is a function of the grammar and the
+output alone. The output may be shorter than, or differ from, what was asked about before (rejected
+drafts, preemption): the matcher rolls back to what both have in common.
+
+When nothing can follow, only an end-of-sequence token is allowed. Special tokens never stand for
+text. The work is done by the llguidance library, imported when the first grammar arrives.
+"""
+
+import json
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from functools import cached_property
+from threading import Lock
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvarn.core.errors import RequestError
+from kvarn.core.request import Grammar
+
+#: white space between the tokens of JSON: enough for indented text, but no endless run of blanks,
+#: into which small models fall
+JSON_WHITESPACE = r"[ \t\n\r]{0,64}"
+
+
+KIND_NAMES = {"json_schema": "JSON schema", "regex": "regular expression"}
+
+
+class Tokenizer(Protocol):
+    """What is needed of `kvarn.models.tokenizer.Tokenizer`."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def backend(self) -> Any: ...
+
+    def token_bytes(self, token: int) -> bytes: ...
+
+
+class _Words:
+    """The vocabulary in the shape that llguidance reads."""
+
+    def __init__(self, tokens: Sequence[bytes], special_ids: Collection[int], eos_id: int) -> None:
+        self.tokens = list(tokens)
+        self.special_token_ids = sorted(special_ids)
+        self.eos_token_id = eos_id
+        self.bos_token_id = None
+        self._by_bytes = {word: i for i, word in enumerate(self.tokens) if len(word) == 1}
+
+    def __call__(self, text: bytes) -> list[int]:
+        """Byte by byte: only used for forced text, which is not asked for here."""
+        return [self._by_bytes[bytes([b])] for b in text if bytes([b]) in self._by_bytes]
+
+
+class GrammarCompiler:
+    """Compiled grammars of one vocabulary; the most recently used stay ready."""
+
+    def __init__(
+        self,
+        tokens: Sequence[bytes],
+        special_ids: Collection[int],
+        eos_ids: Collection[int],
+        vocab: int,
+        size: int = 64,
+    ) -> None:
+        """`tokens[i]` are the bytes of token i, `vocab` the width of the logits."""
+        if not eos_ids:
+            raise RequestError(
+                "structured output needs an end-of-sequence token, and this model has none",
+                param="grammar",
+                code="not_supported",
+            )
+        self.vocab = vocab
+        self.eos_ids = sorted(eos_ids)
+        self._tokens = tokens
+        self._special_ids = set(special_ids) | set(eos_ids)
+        self._size = size
+        self._ready: OrderedDict[Grammar, Any] = OrderedDict()
+        self._lock = Lock()
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, eos_ids: Collection[int], vocab: int) -> "GrammarCompiler":
+        """For the vocabulary of a tokenizer."""
+        tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+        added = tokenizer.backend.get_added_tokens_decoder()
+        special = [i for i, token in added.items() if token.special]
+        return cls(tokens, special, eos_ids, vocab)
+
+    def check(self, grammar: Grammar) -> str | None:
+        """What is wrong with a grammar, or None. A sound one is ready when its request starts."""
+        try:
+            self._compiled(grammar)
+        except RequestError as error:
+            return error.message
+        return None
+
+    def matcher(self, grammar: Grammar, ignore_eos: bool = False) -> "Matcher":
+        """A matcher for one sequence; raises `RequestError` for a malformed grammar."""
+        return Matcher(self._compiled(grammar).deep_copy(), self, ignore_eos)
+
+    @cached_property
+    def _vocabulary(self) -> Any:
+        import llguidance
+
+        words = _Words(self._tokens, self._special_ids, self.eos_ids[0])
+        return llguidance.LLTokenizer(llguidance.TokenizerWrapper(words), eos_token=self.eos_ids)
+
+    def _compiled(self, grammar: Grammar) -> Any:
+        import llguidance
+
+        with self._lock:
+            if grammar in self._ready:
+                self._ready.move_to_end(grammar)
+                return self._ready[grammar]
+            limits = llguidance.LLParserLimits(verbose_errors=False)
+            matcher = llguidance.LLMatcher(
+                self._vocabulary, _translate(grammar), log_level=0, limits=limits
+            )
+            if matcher.is_error():
+                raise _malformed(grammar, matcher.get_error())
+            self._ready[grammar] = matcher
+            if len(self._ready) > self._size:
+                self._ready.popitem(last=False)
+            return matcher
+
+
+def _malformed(grammar: Grammar, why: str) -> RequestError:
+    kind = KIND_NAMES.get(grammar.kind, "grammar")
+    return RequestError(
+        f"the {kind} cannot be used: {why.strip()}", param="grammar", code="invalid_grammar"
+    )
+
+
+def _translate(grammar: Grammar) -> str:
+    """The grammar in llguidance's own notation."""
+    from llguidance import LLMatcher
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    json_options: Any = {"whitespace_pattern": JSON_WHITESPACE}
+    if grammar.kind == "json":
+        return LLMatcher.grammar_from_json_schema('{"type": "object"}', defaults=json_options)
+    if grammar.kind == "json_schema":
+        try:
+            json.loads(grammar.source)
+            return LLMatcher.grammar_from_json_schema(grammar.source, defaults=json_options)
+        except (ValueError, RecursionError) as error:
+            raise _malformed(grammar, f"it is not valid JSON: {error}") from None
+    if grammar.kind == "regex":
+        return LLMatcher.grammar_from_regex(grammar.source)
+    try:
+        # EBNF comes as Lark ("start: ...") or as llama.cpp's GBNF ("root ::= ...")
+        return LLMatcher.grammar_from_lark(any_to_lark(grammar.source))
+    except Exception as error:  # the converter raises plain Exception for some malformed input
+        raise _malformed(grammar, str(error)) from None
+
+
+class Matcher:
+    """Where one sequence stands in its grammar."""
+
+    def __init__(self, state: Any, compiler: GrammarCompiler, ignore_eos: bool) -> None:
+        self._state = state
+        self._compiler = compiler
+        self._ignore_eos = ignore_eos
+        self._consumed = np.zeros(0, np.int32)
+
+    def allowed(self, output: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Tokens [vocab] that may follow `output`, the tokens generated so far.
+
+        With `ignore_eos`, the end is put off for as long as the grammar allows anything else.
+        Raises `RequestError` when the output does not match the grammar (a rejected draft does
+        not either: positions behind one are never used).
+        """
+        self._follow(output)
+        bits = np.frombuffer(self._state.compute_bitmask(), np.uint8)
+        self._raise_error()
+        vocab = self._compiler.vocab
+        known = np.unpackbits(bits, count=min(bits.size * 8, vocab), bitorder="little")
+        mask = np.zeros(vocab, np.bool_)  # the logits may be wider than the tokenizer's vocabulary
+        mask[: known.size] = known
+        if self._ignore_eos:
+            without_end = mask.copy()
+            without_end[self._compiler.eos_ids] = False
+            return without_end if without_end.any() else mask
+        return mask
+
+    def _follow(self, output: NDArray[np.int32]) -> None:
+        """Bring the state to the end of `output`."""
+        n = min(len(output), len(self._consumed))
+        differs = np.flatnonzero(output[:n] != self._consumed[:n])
+        common = int(differs[0]) if differs.size else n
+        if len(self._consumed) > common:
+            self._state.rollback(len(self._consumed) - common)
+        new = output[common:].tolist()
+        done = self._state.try_consume_tokens(new) if new else 0
+        self._raise_error()
+        self._consumed = output[: common + done].copy()
+        if done == len(new):
+            return
+        ended = self._state.is_stopped() and new[done] in self._compiler.eos_ids
+        if not ended:
+            raise RequestError(
+                f"the output does not match the grammar from its token {common + done} on",
+                param="grammar",
+                code="grammar_violated",
+            )
+
+    def _raise_error(self) -> None:
+        if self._state.is_error():
+            raise RequestError(
+                f"the grammar cannot be followed any further: {self._state.get_error().strip()}",
+                param="grammar",
+                code="grammar_failed",
+            )
