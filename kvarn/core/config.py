@@ -80,9 +80,7 @@ class Resolved:
         ]
 
 
-def resolve(
-    given: Mapping[str, Any], environ: Mapping[str, str] | None = None
-) -> Resolved:
+def resolve(given: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Resolved:
     """Options from flags (`given`) over `KVARN_*` variables over defaults."""
     config = EngineConfig()
     origins = {f.name: Origin("default") for f in fields(EngineConfig)}
@@ -112,7 +110,9 @@ def _convert(name: str, value: Any, kind: type) -> Any:
     try:
         return kind(value)
     except (TypeError, ValueError):
-        raise ConfigError(f"option {name!r} must be of type {kind.__name__}, not {value!r}") from None
+        raise ConfigError(
+            f"option {name!r} must be of type {kind.__name__}, not {value!r}"
+        ) from None
 
 
 #: options with a closed list of values

@@ -70,8 +70,7 @@ def find(kind: str, name: str) -> type[Part]:
     if (kind, name) not in parts:
         raise ConfigError(f"unknown {kind} {name!r}{nearest(name, names)}")
     module, _, attribute = parts[kind, name].partition(":")
-    part = getattr(import_module(module), attribute)
-    assert issubclass(part, Part)
+    part: type[Part] = getattr(import_module(module), attribute)
     return part
 
 
@@ -103,7 +102,7 @@ def solve(parts: Sequence[type[Part]], base: Iterable[Cap] = ()) -> frozenset[Ca
     for part in parts:
         for cap in sorted(part.needs - given, key=lambda c: c.name):
             raise ConfigError(
-                f"{part.kind} {part.name!r} needs {cap.name} ({cap.value}), which nothing here gives"
+                f"{part.kind} {part.name!r} needs {cap.name} ({cap.value}), which nothing gives"
             )
         for other in parts:
             for cap in sorted(part.forbids & other.gives, key=lambda c: c.name):

@@ -1,4 +1,4 @@
-"""`StepPlan` crosses from decisions to computation, `StepResult` comes back. Plain data, no tensors."""
+"""`StepPlan` crosses from decisions to computation, `StepResult` comes back. Plain data."""
 
 from dataclasses import dataclass, field
 
@@ -55,7 +55,9 @@ class StepPlan:
     """Everything that one step does, in the order of the fields below."""
 
     step: int
-    stops: list[SeqId] = field(default_factory=list)  #: leave the device image (finished, preempted)
+    stops: list[SeqId] = field(
+        default_factory=list
+    )  #: leave the device image (finished, preempted)
     starts: list[SeqStart] = field(default_factory=list)
     edits: list[TableEdit] = field(default_factory=list)
     copies: list[PageCopy] = field(default_factory=list)

@@ -1,8 +1,8 @@
 """The one owner of KV pages: who holds which page of which group, and what may be taken back.
 
-A page is held by sequences (through their tables) and by the prefix index; `refs` counts both. Pages
-that only the index holds are *idle*: they serve prefix hits until someone needs the room. Nothing here
-touches memory: pages are numbers, so the simulator runs the same code.
+A page is held by sequences (through their tables) and by the prefix index; `refs` counts both.
+Pages that only the index holds are *idle*: they serve prefix hits until someone needs the room.
+Nothing here touches memory: pages are numbers, so the simulator runs the same code.
 """
 
 from collections import Counter, OrderedDict
@@ -57,9 +57,7 @@ class KVManager:
     def room(self, seq: Seq) -> int:
         """Most positions that `seq` could be extended by now."""
         size = self.page_size
-        most = min(
-            len(table) + self.available(group) for group, table in enumerate(seq.tables)
-        )
+        most = min(len(table) + self.available(group) for group, table in enumerate(seq.tables))
         return most * size - seq.computed
 
     # a sequence's life
@@ -314,7 +312,9 @@ class KVManager:
                 page for seq in seqs for page in (seq.tables or [[]] * len(self.groups))[group]
             )
             known = Counter(
-                page for node in (self.index.nodes() if self.index else []) for page in node.pages[group]
+                page
+                for node in (self.index.nodes() if self.index else [])
+                for page in node.pages[group]
             )
             del held[NO_PAGE], known[NO_PAGE]
             for page in range(self.pages[group]):
@@ -327,7 +327,9 @@ class KVManager:
             idle = {page for page in known if not held[page]}
             free = {page for page in range(self.pages[group]) if not held[page] and not known[page]}
             if idle != set(self._idle[group]):
-                problems.append(f"group {group}: {len(self._idle[group])} idle, counted {len(idle)}")
+                problems.append(
+                    f"group {group}: {len(self._idle[group])} idle, counted {len(idle)}"
+                )
             if free != set(self.free[group]) or len(free) != len(self.free[group]):
                 problems.append(f"group {group}: {len(self.free[group])} free, counted {len(free)}")
             if problems:

@@ -1,4 +1,4 @@
-"""Which spans run in a step, who is let in, who has to wait: decisions as functions of state and time."""
+"""Which spans run in a step, who is let in, who waits: decisions as functions of state and time."""
 
 from typing import Protocol
 

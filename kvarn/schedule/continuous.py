@@ -3,8 +3,8 @@
 Orca (OSDI'22) decides once per model iteration; Sarathi-Serve (arXiv 2403.02310, algorithm 3) adds
 chunks under a token budget, so that a long prompt never stalls running decodes.
 
-A prompt's chunk is partial only when the budget is spent, so nobody is let in behind a prompt that is
-still incomplete: requests that arrive together find each other's prefix in the index.
+A prompt's chunk is partial only when the budget is spent, so nobody is let in behind a prompt that
+is still incomplete: requests that arrive together find each other's prefix in the index.
 """
 
 from kvarn.core.part import Cap, Part

@@ -1,6 +1,6 @@
 """`ControlPlane`: everything that is decided, for one engine. The left half of the step.
 
-The real engine and the simulator drive the very same object; only the executor and the clock differ:
+The real engine and the simulator drive the same object; only the executor and the clock differ:
 
     plan = control.plan(now)
     result = executor.run(plan)

@@ -1,6 +1,6 @@
-"""Orca's iteration-level scheduling: whole prompts and decodes in one batch, output reserved up front.
+"""Orca's iteration-level scheduling: prompts and decodes in one batch, output reserved up front.
 
-Orca (Yu et al., OSDI'22, algorithm 1): first come, first served at the level of iterations, and room
+Orca (Yu et al., OSDI'22, algorithm 1): first come, first served at the level of iterations; room
 for `max_tokens` is reserved at admission, so that nothing is ever preempted.
 """
 

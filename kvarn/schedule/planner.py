@@ -160,7 +160,7 @@ class Planner:
         return True
 
     def _victim(self, seq: Seq) -> Seq:
-        """The last running sequence that is not in this step yet; `seq` if all others are before it."""
+        """The last running sequence not in this step yet; `seq` if all others are before it."""
         for other in reversed(self._queues.running):
             if other is seq or other.order < seq.order:
                 break
@@ -169,20 +169,21 @@ class Planner:
         return seq
 
     def _parent(self, seq: Seq) -> Seq | None:
-        """The running first sibling of a fork-to-be, once its prompt is computed before this step."""
-        parent = seq.sibling
-        if parent is None or parent.status is not Status.RUNNING or len(seq.tokens) > seq.prompt_len:
-            return None
-        return parent if self._settled(parent) >= seq.prompt_len - 1 else None
+        """The running sibling to fork `seq` from, once earlier steps computed its prompt."""
+        parent = self._sibling(seq)
+        settled = parent is not None and self._settled(parent) >= seq.prompt_len - 1
+        return parent if settled else None
 
     def _soon_forked(self, seq: Seq) -> bool:
+        parent = self._sibling(seq)
+        return parent is not None and self._settled(parent) < seq.prompt_len - 1
+
+    def _sibling(self, seq: Seq) -> Seq | None:
+        """The running first sibling of a sequence that has no output yet."""
         parent = seq.sibling
-        return (
-            parent is not None
-            and parent.status is Status.RUNNING
-            and len(seq.tokens) == seq.prompt_len
-            and self._settled(parent) < seq.prompt_len - 1
-        )
+        if parent is None or parent.status is not Status.RUNNING:
+            return None
+        return parent if len(seq.tokens) == seq.prompt_len else None
 
     def _settled(self, seq: Seq) -> int:
         """Positions of `seq` computed by earlier steps."""

@@ -1,10 +1,10 @@
 """Prefix indexes: which cached pages hold the KV of a token prefix.
 
 Both indexes are trees of `Node`s; a node holds a run of whole pages in every KV group. A sequence
-*pins* the deepest node it uses, and since only leaves are evicted, that protects its whole path: one
-operation, however long the prefix. Content is entered when a step that computes it is *planned*:
-steps run in order and a layer writes all K and V before any row attends, so a sequence of the same
-step may already share it. That is how requests that arrive together share a prefix.
+*pins* the deepest node it uses, and since only leaves are evicted, that protects its whole path:
+one operation, however long the prefix. Content is entered when a step that computes it is
+*planned*: steps run in order and a layer writes all K and V before any row attends, so a sequence
+of the same step may already share it. That is how requests that arrive together share a prefix.
 
 Groups with a sliding window give pages back while the sequence runs; a node may thus lack pages in
 such a group (`-1`), and a match only ends where the window before it is complete.
@@ -49,7 +49,7 @@ class PrefixIndex(Protocol):
     page_size: int
 
     def match(self, tokens: Sequence[int], salt: str, limit: int) -> Match:
-        """Longest cached prefix of at most `limit` pages, with every window before its end whole."""
+        """Longest cached prefix of at most `limit` pages, every window before its end whole."""
         ...
 
     def take(self, match: Match, now: float) -> Node:

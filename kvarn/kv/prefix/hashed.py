@@ -1,9 +1,9 @@
 """Prefix index by hash-chained pages: one node a page, found by the hash of everything before it.
 
-The id of a page's content is a stable 128-bit hash of its parent's id and its own tokens, so it means
-the same in every process (routers and stores speak of content by these ids). Tokens are compared on
-a hit: a collision costs a miss, never a wrong answer. (vLLM's automatic prefix caching, arXiv
-2309.06180 for the paging; nano-vllm for the form.)
+The id of a page's content is a stable 128-bit hash of its parent's id and its own tokens, so it
+means the same in every process (routers and stores speak of content by these ids). Tokens are
+compared on a hit: a collision costs a miss, never a wrong answer. (vLLM's automatic prefix caching;
+arXiv 2309.06180 for the paging.)
 """
 
 from array import array
@@ -19,7 +19,9 @@ class HashChain(PrefixTree):
     """One dictionary step a page: O(pages of the prompt), whatever the cache holds."""
 
     name, paper = "hash", "2309.06180"
-    regime = "The default: cheap and flat. Loses to radix on memory per cached token (a node a page)."
+    regime = (
+        "The default: cheap and flat. Loses to radix on memory per cached token (a node a page)."
+    )
 
     def insert(
         self, at: Node, tokens: Sequence[int], pages: list[list[PageId]], now: float
@@ -56,5 +58,7 @@ def content_id(parent: bytes | str, tokens: Sequence[int]) -> bytes:
 
     `parent` is the id of the page before, or the salt (text) at the start of a sequence.
     """
-    before = parent if isinstance(parent, bytes) else blake2b(parent.encode(), digest_size=16).digest()
+    before = (
+        parent if isinstance(parent, bytes) else blake2b(parent.encode(), digest_size=16).digest()
+    )
     return blake2b(array("q", tokens).tobytes(), digest_size=16, key=before).digest()

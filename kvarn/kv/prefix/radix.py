@@ -1,7 +1,7 @@
 """Prefix index as a radix tree: a node holds a run of pages, split where contents part.
 
-(RadixAttention, SGLang, arXiv 2312.07104, section 3.) Runs are whole pages here, and sequences enter
-what they compute as soon as a step is planned, not only when they end.
+(RadixAttention, SGLang, arXiv 2312.07104, section 3.) Runs are whole pages here, and sequences
+enter what they compute as soon as a step is planned, not only when they end.
 """
 
 from collections.abc import Sequence

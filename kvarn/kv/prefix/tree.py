@@ -38,7 +38,7 @@ class PrefixTree(Part):
         return found
 
     def match(self, tokens: Sequence[int], salt: str, limit: int) -> Match:
-        """Longest cached prefix of at most `limit` pages, with every window before its end whole."""
+        """Longest cached prefix of at most `limit` pages, every window before its end whole."""
         path = self._walk(self._root(salt), tokens, limit)
         agreeing = min(limit, self._agreeing(path, tokens))
         pages = [
@@ -55,7 +55,9 @@ class PrefixTree(Part):
             if covered >= match.length:
                 break
             run = len(step.tokens) // self.page_size
-            node = step if covered + run <= match.length else self._cut(step, match.length - covered)
+            node = (
+                step if covered + run <= match.length else self._cut(step, match.length - covered)
+            )
             covered += run
             node.hits += 1
             node.last_used = now
@@ -105,7 +107,7 @@ class PrefixTree(Part):
         raise NotImplementedError
 
     def _cut(self, node: Node, keep: int) -> Node:
-        """Split a run after `keep` pages; the upper part (indexes with one page a node never do)."""
+        """Split a run after `keep` pages; the upper part. Never asked where nodes hold one page."""
         raise NotImplementedError
 
     # shared machinery

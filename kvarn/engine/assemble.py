@@ -1,0 +1,227 @@
+"""Putting an engine together: the model, the pages that fit beside it, the parts by name."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kvarn.core.config import EngineConfig, Resolved
+from kvarn.core.errors import ConfigError
+from kvarn.core.model import GroupSpec, ModelSpec
+from kvarn.core.part import Cap, Part, find, solve
+from kvarn.core.validate import Limits
+from kvarn.kv.manager import KVManager
+from kvarn.kv.pool import KVPool
+from kvarn.kv.prefix import PrefixIndex
+from kvarn.kv.sizing import bytes_of, pages_by_group, pages_for_bytes
+from kvarn.models.fit import GIB, free_memory
+from kvarn.models.load import Model, load
+from kvarn.runner.executor import Runner
+from kvarn.runner.grammar import GrammarCompiler
+from kvarn.runner.memory import Ledger, workspace_bytes
+from kvarn.runner.sampler import Sampler
+from kvarn.schedule.control import Capacity, ControlPlane
+
+KV_SHARE = {"cpu": 0.25, "cuda": 0.9}  #: of the free memory, where kv_memory is not given
+KV_MOST_CPU = 4 * GIB  #: a laptop's memory is not ours alone
+
+
+@dataclass(slots=True)
+class Assembly:
+    """Everything that an engine is made of."""
+
+    model: Model
+    control: ControlPlane
+    runner: Runner
+    grammars: GrammarCompiler | None
+    limits: Limits
+    ledger: Ledger
+    parts: dict[str, type[Part]]  #: by kind
+    capabilities: frozenset[Cap]
+    seconds: dict[str, float] = field(default_factory=dict)  #: start-up, by stage
+
+    def explain(self, resolved: Resolved) -> dict[str, Any]:
+        """What `kvarn explain` shows."""
+        return {
+            "options": resolved.rows(),
+            "parts": [
+                {
+                    "kind": part.kind,
+                    "name": part.name,
+                    "paper": part.paper,
+                    "needs": sorted(cap.name for cap in part.needs),
+                    "gives": sorted(cap.name for cap in part.gives),
+                    "regime": part.regime,
+                }
+                for part in self.parts.values()
+            ],
+            "capabilities": sorted(cap.name for cap in self.capabilities),
+            "memory": self.ledger.rows(),
+            "startup": [
+                {"stage": stage, "seconds": round(seconds, 3)}
+                for stage, seconds in self.seconds.items()
+            ],
+        }
+
+
+def assemble(resolved: Resolved) -> Assembly:
+    """Build every part of an engine; errors come before anything large is allocated."""
+    config = resolved.config
+    parts = _choose_parts(resolved)
+    capabilities = solve(
+        list(parts.values()), base={Cap.PAGED_KV, Cap.TABLE_GROUPS, Cap.WINDOW_HOLES}
+    )
+    model = load(resolved)
+    spec, device = model.spec, model.device
+    seconds = dict(model.seconds)
+    began = time.perf_counter()
+    groups = spec.groups()
+    _choose_step(resolved, device)
+    pages, ledger = _choose_pages(resolved, model, groups)
+    backend = parts["attention"]()
+    pool = KVPool(backend, groups, pages, config.page_size, model.dtype, device)
+    seconds["kv cache"] = time.perf_counter() - began
+    grammars = None
+    if model.tokenizer is not None and spec.eos_ids:
+        grammars = GrammarCompiler.of(model.tokenizer, spec.eos_ids, spec.vocab)
+    sampler = Sampler(spec.vocab, device, config.seed, grammars)
+    control = ControlPlane(
+        parts["scheduler"](),
+        KVManager(groups, pages, config.page_size, _prefix_index(config, groups, parts)),
+        Capacity(config.budget, config.max_seqs, config.max_len, config.max_queue),
+    )
+    limits = Limits(
+        vocab=spec.vocab, max_len=config.max_len, has_tokenizer=model.tokenizer is not None
+    )
+    runner = Runner(
+        model.decoder,
+        groups,
+        pool,
+        backend,
+        sampler,
+        config.page_size,
+        config.max_seqs,
+    )
+    return Assembly(
+        model,
+        control,
+        runner,
+        grammars,
+        limits,
+        ledger,
+        parts,
+        capabilities,
+        seconds,
+    )
+
+
+def _choose_parts(resolved: Resolved) -> dict[str, Any]:
+    """The class of every part by kind; an unknown name is an error here, before any loading."""
+    config = resolved.config
+    if config.attention == "auto":
+        name = "invariant" if config.deterministic else "cpu"
+        why = "the same bits in any batch" if config.deterministic else "the fast form on the CPU"
+        resolved.choose("attention", name, "derived", why)
+    parts = {
+        "scheduler": find("scheduler", config.scheduler),
+        "attention": find("attention", config.attention),
+    }
+    if config.prefix != "none":
+        parts["prefix"] = find("prefix", config.prefix)
+        parts["evict"] = find("evict", config.evict)
+    if config.deterministic and Cap.BATCH_INVARIANT not in parts["attention"].gives:
+        raise ConfigError(
+            f"deterministic needs BATCH_INVARIANT, which attention {config.attention!r} does not "
+            f"give; attention 'invariant' does"
+        )
+    return parts
+
+
+def _prefix_index(
+    config: EngineConfig, groups: list[GroupSpec], parts: dict[str, Any]
+) -> PrefixIndex | None:
+    if "prefix" not in parts:
+        return None
+    windows = [group.window for group in groups]
+    index: PrefixIndex = parts["prefix"](config.page_size, windows, parts["evict"]())
+    return index
+
+
+def _choose_step(resolved: Resolved, device: torch.device) -> None:
+    """Budget and overlap, where the user left them to us."""
+    config = resolved.config
+    if config.budget == 0:
+        budget = 8192 if device.type == "cuda" else 512
+        why = "a chunk that fills the device's matrix units without stalling decodes"
+        resolved.choose("budget", max(budget, config.max_seqs), "device", why)
+    if config.overlap == "auto":
+        on = device.type == "cuda"
+        why = "planning hides behind the device" if on else "planning and computing share the cores"
+        resolved.choose("overlap", "on" if on else "off", "device", why)
+
+
+def _choose_pages(
+    resolved: Resolved, model: Model, groups: list[GroupSpec]
+) -> tuple[list[int], Ledger]:
+    """Pages by group, the longest sequence that they allow, and the ledger."""
+    config, spec = resolved.config, model.spec
+    size = config.page_size
+    wide = model.dtype.itemsize
+    workspace = workspace_bytes(
+        config.budget, spec.hidden, spec.ffn, spec.vocab, min(config.max_seqs, config.budget)
+    )
+    free, total = free_memory(model.device)
+    longest = config.max_len or spec.max_len
+    # more than this could never be used
+    useful = config.max_seqs * (-(-longest // size) + 1)
+    if config.pages == 0:
+        given = config.kv_memory > 0
+        bytes_ = config.kv_memory * GIB if given else _kv_share(model.device, free - workspace)
+        pages = pages_for_bytes(groups, bytes_, size, wide, config.budget, config.max_seqs, useful)
+        source = "derived" if given else "measured"
+        why = f"{bytes_ / GIB:.2f} GiB for KV" + ("" if given else f" of {free / GIB:.2f} GiB free")
+        resolved.choose("pages", pages, source, why)
+    by_group = pages_by_group(groups, config.pages, size, config.budget, config.max_seqs)
+    kv = bytes_of(groups, by_group, size, wide)
+    ledger = Ledger(
+        str(model.device), total, model.weight_bytes, kv, workspace, max(0, free - kv - workspace)
+    )
+    if kv + workspace > free:
+        fit = pages_for_bytes(
+            groups, free - workspace, size, wide, config.budget, config.max_seqs, useful
+        )
+        raise ConfigError(
+            f"a KV cache of {config.pages} pages needs {kv / GIB:.2f} GiB beside "
+            f"{workspace / GIB:.2f} GiB of workspace, and {free / GIB:.2f} GiB are free; "
+            f"pages={fit} would fit"
+        )
+    _choose_max_len(resolved, spec, kv)
+    return by_group, ledger
+
+
+def _choose_max_len(resolved: Resolved, spec: ModelSpec, kv: int) -> None:
+    """The longest sequence: what was asked, what the model can, what the pages hold."""
+    config = resolved.config
+    room = config.pages * config.page_size
+    if room < 1:
+        raise ConfigError("no memory is left for one KV page: raise kv_memory or lower max_seqs")
+    if config.max_len > spec.max_len:
+        raise ConfigError(
+            f"max_len={config.max_len} is beyond the model's own limit of {spec.max_len} tokens"
+        )
+    if config.max_len > room:
+        raise ConfigError(
+            f"max_len={config.max_len} needs more than the {config.pages} KV pages "
+            f"({kv / GIB:.2f} GiB) hold; max_len={room} would fit"
+        )
+    if config.max_len == 0:
+        if room < spec.max_len:
+            resolved.choose("max_len", room, "measured", f"all {config.pages} KV pages")
+        else:
+            resolved.choose("max_len", spec.max_len, "model", "the model's own limit")
+
+
+def _kv_share(device: torch.device, free: int) -> float:
+    share = max(0, free) * KV_SHARE[device.type]
+    return min(share, KV_MOST_CPU) if device.type == "cpu" else share

@@ -1,0 +1,233 @@
+"""`Engine`: plan, execute, apply. Two loops, each readable at a glance; the rest is hand-over.
+
+Errors belong to the request: a step that breaks ends the sequences in it, and nothing else.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+from kvarn.core.bad_words import encode_bad_words
+from kvarn.core.config import Resolved
+from kvarn.core.errors import RequestError
+from kvarn.core.output import EngineStats, Output, Timings
+from kvarn.core.plan import SpanResult, StepPlan, StepResult, TokenLogprobs
+from kvarn.core.request import Request
+from kvarn.core.seq import Seq
+from kvarn.core.validate import validate
+from kvarn.engine.assemble import Assembly, assemble
+from kvarn.engine.text import TextTap
+from kvarn.schedule.control import Progress
+
+log = logging.getLogger("kvarn.engine")
+
+
+class Engine:
+    """One model being served: `add` requests, call `step` while `has_work`, `abort` at any time."""
+
+    def __init__(self, resolved: Resolved, clock: Callable[[], float] = time.monotonic) -> None:
+        """Load the model and lay out memory (seconds). Nothing is global: make as many as fit."""
+        parts: Assembly = assemble(resolved)
+        self.resolved = resolved
+        self.assembly = parts
+        self.spec = parts.model.spec
+        self.tokenizer = parts.model.tokenizer
+        self.control = parts.control
+        self.executor = parts.runner
+        self.clock = clock
+        self.overlap = resolved.config.overlap == "on"
+        self._in_flight: tuple[StepPlan, Future[StepResult]] | None = None
+        self._taps: dict[int, TextTap] = {}  # by sequence
+        self._scores: dict[int, list[TokenLogprobs | None]] = {}  # prompt logprobs so far
+
+    # requests
+
+    def add(self, request: Request) -> None:
+        """Queue a request; `RequestError` says what is wrong, `QueueFull` when to come back."""
+        validate(request, self.assembly.limits)
+        if self.control.knows(request.id):
+            raise RequestError(f"request id {request.id!r} is already open", param="request_id")
+        params = request.sampling
+        grammars = self.assembly.grammars
+        if params.grammar is not None and grammars is not None:
+            problem = grammars.check(params.grammar)
+            if problem is not None:
+                raise RequestError(problem, param="grammar", code="invalid_grammar")
+        tokenizer = self.tokenizer
+        if params.bad_words and tokenizer is not None:
+            ids = encode_bad_words(params.bad_words, lambda text: tokenizer.encode(text, False))
+            params = replace(params, bad_word_ids=params.bad_word_ids + ids)
+        eos_ids = request.eos_ids or self.spec.eos_ids
+        request = replace(request, sampling=params, eos_ids=eos_ids)
+        for seq in self.control.add(request):
+            if tokenizer is not None:
+                stream = tokenizer.stream(params.skip_special_tokens)
+                self._taps[seq.id] = TextTap(
+                    stream, params.stop, params.include_stop, params.min_tokens
+                )
+            if params.prompt_logprobs is not None:
+                self._scores[seq.id] = [None]
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request; it gets no further output. Unknown ids are ignored: it may have ended."""
+        for seq in self.control.abort(request_id, self.clock()):
+            self._forget(seq)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        return self.control.has_work or self._in_flight is not None
+
+    # the two loops
+
+    def step(self) -> list[Output]:
+        """Advance every scheduled sequence once; what is new for whom."""
+        if not self.has_work:
+            return []
+        return self._step_overlapped() if self.overlap else self._step()
+
+    def _step(self) -> list[Output]:
+        """Decide, compute, record."""
+        plan = self.control.plan(self.clock())
+        try:
+            result = self.executor.run(plan)
+        except Exception as error:
+            return self._broken([plan], error)
+        return self._record(plan, result)
+
+    def _step_overlapped(self) -> list[Output]:
+        """Decide step n+1 and hand it over while step n computes; then record step n."""
+        plan = self.control.plan(self.clock())
+        ahead = (plan, self.executor.launch(plan)) if plan.has_work else None
+        done, self._in_flight = self._in_flight, ahead
+        if done is None:
+            return []
+        plan, future = done
+        try:
+            result = future.result()
+        except Exception as error:
+            return self._broken([plan] + ([ahead[0]] if ahead else []), error)
+        return self._record(plan, result)
+
+    def _record(self, plan: StepPlan, result: StepResult) -> list[Output]:
+        now = self.clock()
+        progress = self.control.apply(plan, result, now)
+        if not plan.spans and not self._in_flight:
+            progress += self._unstick(now)
+        outputs = [self._output(p, now) for p in progress]
+        if not self.has_work:
+            self._check_books()
+        return outputs
+
+    def _unstick(self, now: float) -> list[Progress]:
+        """Nothing runs and the first in the queue was not let in: it never will be. Say so."""
+        queues = self.control.queues
+        if queues.running or not queues.waiting:
+            return []
+        seq = queues.waiting[0]
+        self.control.finish(seq, "error", now)
+        need, pages = len(seq.tokens), self.control.kv.pages
+        message = f"no room for {need} tokens in a KV cache of {pages} pages by group"
+        return [Progress(seq, [], "error", None, SpanResult(error=message))]
+
+    def _broken(self, plans: list[StepPlan], error: Exception) -> list[Output]:
+        """The step raised: its sequences end with the error, everything else goes on."""
+        log.exception("step %d failed", plans[0].step)
+        if len(plans) > 1 and self._in_flight is not None:
+            self._in_flight[1].exception()  # let it end before its pages are given to others
+            self._in_flight = None
+        now = self.clock()
+        message = f"the engine failed while computing this request: {error}"
+        return [
+            self._output(Progress(seq, [], "error", None, SpanResult(error=message)), now)
+            for seq in self.control.fail(plans, now)
+        ]
+
+    # hand-over
+
+    def _output(self, progress: Progress, now: float) -> Output:
+        """Tokens to text, stop strings, logprobs, timings."""
+        seq, finish = progress.seq, progress.finish
+        stop: int | str | None = progress.stop
+        text, tap = "", self._taps.get(seq.id)
+        if tap is not None:
+            shown = progress.tokens
+            if finish == "stop" and not seq.request.sampling.include_stop:
+                shown = shown[:-1]  # the stop token itself is no text
+            text = tap.push(shown)
+            if finish is not None:
+                text += tap.finish()
+            if tap.matched is not None and finish in (None, "length"):
+                if finish is None:
+                    self.control.finish(seq, "stop", now)
+                finish, stop = "stop", tap.matched
+        extra = progress.extra
+        request = seq.request
+        output = Output(
+            request_id=request.id,
+            index=seq.index,
+            tokens=progress.tokens,
+            text=text,
+            finish=finish,
+            stop=stop,
+            n_prompt=seq.prompt_len,
+            n_output=seq.n_output,
+            n_cached=seq.cached,
+            timings=_timings(seq, now),
+        )
+        if extra is not None:
+            output.logprobs = extra.logprobs
+            output.embedding = extra.embedding
+            output.error = extra.error
+            if extra.prompt_logprobs is not None:
+                self._scores[seq.id] += extra.prompt_logprobs
+        if seq.id in self._scores and len(self._scores[seq.id]) >= seq.prompt_len:
+            output.prompt_logprobs = self._scores.pop(seq.id)
+        if finish is not None:
+            self._forget(seq)
+        return output
+
+    def _forget(self, seq: Seq) -> None:
+        self._taps.pop(seq.id, None)
+        self._scores.pop(seq.id, None)
+
+    def _check_books(self) -> None:
+        """Idle: no page may be held. A difference is logged and repaired, never fatal."""
+        kv = self.control.kv
+        if any(kv.held(group) for group in range(len(kv.groups))):
+            for problem in self.control.check_integrity():
+                log.error("page books differ, repaired: %s", problem)
+
+    # what is there
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges of now."""
+        return self.control.stats()
+
+    def reset_prefix_cache(self) -> bool:
+        """Drop every cached prefix that nobody uses; True when none is left in use."""
+        self.control.kv.clear(self.clock())
+        return not self.control.queues.running
+
+    def explain(self) -> dict[str, Any]:
+        """Options in force and why, parts, capabilities, memory, start-up times."""
+        return self.assembly.explain(self.resolved)
+
+    def close(self) -> None:
+        """Stop the executor's thread and let go of the memory."""
+        if self._in_flight is not None:
+            self._in_flight[1].exception()
+            self._in_flight = None
+        self.executor.close()
+
+
+def _timings(seq: Seq, now: float) -> Timings:
+    arrival = seq.request.arrival
+    return Timings(
+        queue=(seq.admitted_at if seq.admitted_at is not None else now) - arrival,
+        first_token=(seq.first_token_at if seq.first_token_at is not None else now) - arrival,
+        total=now - arrival,
+    )

@@ -1,0 +1,86 @@
+"""The device image: what the executor remembers of each sequence between steps, one row a sequence.
+
+Plans carry only what changed; the image holds every known token and page table as arrays, so that a
+step's batch is a few vectorised look-ups, however many sequences run.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvarn.core.plan import SeqId, SeqStart, TableEdit
+from kvarn.core.request import Request
+
+
+class Image:
+    """Rows of tokens and page tables; columns grow by doubling to the longest sequence seen."""
+
+    def __init__(self, n_rows: int, n_groups: int, page_size: int) -> None:
+        self.page_size = page_size
+        self.tokens: NDArray[np.int32] = np.zeros((n_rows, 1024), np.int32)
+        self.known = np.zeros(n_rows, np.int64)  #: tokens known in each row
+        self.prompt_len = np.zeros(n_rows, np.int64)
+        self.tables: list[NDArray[np.int32]] = [
+            np.zeros((n_rows, 64), np.int32) for _ in range(n_groups)
+        ]
+        self.requests: dict[int, Request] = {}  #: by row
+        self._row: dict[SeqId, int] = {}
+        self._free = list(range(n_rows - 1, -1, -1))
+
+    def row(self, seq: SeqId) -> int:
+        """The row of a sequence."""
+        return self._row[seq]
+
+    def rows(self, seqs: list[SeqId]) -> NDArray[np.int64]:
+        """The rows of many sequences."""
+        find = self._row
+        return np.array([find[seq] for seq in seqs], np.int64)
+
+    def start(self, start: SeqStart) -> int:
+        """Give a sequence a row and fill it."""
+        row = self._free.pop()
+        self._row[start.seq] = row
+        self.requests[row] = start.request
+        self._widen_tokens(len(start.tokens) + 1)
+        self.tokens[row, : len(start.tokens)] = start.tokens
+        self.known[row] = len(start.tokens)
+        self.prompt_len[row] = start.prompt_len
+        for group, pages in enumerate(start.tables):
+            self._write(group, row, 0, pages)
+        return row
+
+    def stop(self, seq: SeqId) -> int | None:
+        """Free a sequence's row; None if it has none (its start failed, say)."""
+        row = self._row.pop(seq, None)
+        if row is not None:
+            self._free.append(row)
+            del self.requests[row]
+        return row
+
+    def edit(self, edit: TableEdit) -> None:
+        """Extend a page table."""
+        self._write(edit.group, self._row[edit.seq], edit.at, edit.pages)
+
+    def append(self, rows: NDArray[np.int64], tokens: NDArray[np.int32]) -> None:
+        """One new token for each of `rows` (distinct)."""
+        at = self.known[rows]
+        if len(at):
+            self._widen_tokens(int(at.max()) + 1)
+        self.tokens[rows, at] = tokens
+        self.known[rows] = at + 1
+
+    def _write(self, group: int, row: int, at: int, pages: list[int]) -> None:
+        table = self.tables[group]
+        if at + len(pages) > table.shape[1]:
+            table = self.tables[group] = _widened(table, at + len(pages))
+        table[row, at : at + len(pages)] = pages
+
+    def _widen_tokens(self, width: int) -> None:
+        if width > self.tokens.shape[1]:
+            self.tokens = _widened(self.tokens, width)
+
+
+def _widened(array: NDArray[np.int32], width: int) -> NDArray[np.int32]:
+    """The array with at least `width` columns, at least twice as many as before."""
+    wider = np.zeros((array.shape[0], max(width, 2 * array.shape[1])), array.dtype)
+    wider[:, : array.shape[1]] = array
+    return wider
