@@ -1,39 +1,23 @@
 """`kvarn bench latency`: TTFT, time a token and whole time of a batch, by batch size."""
 
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from random import Random
 from typing import Any
 
 from kvarn.bench import record
 from kvarn.bench.engines import burst
+from kvarn.bench.options import Latency
 from kvarn.bench.prompts import tokens
 from kvarn.bench.stats import percentile
-from kvarn.core.config import option
 from kvarn.core.errors import ConfigError
 
 PERCENTILES = (10, 25, 50, 75, 90, 99)
 
 
-@dataclass(slots=True)
-class Latency:
-    """What the latency benchmark runs."""
-
-    batch_sizes: tuple[int, ...] = option((1, 2, 4, 8, 16), "requests given together")
-    input_len: int = option(32, "of every prompt", "tokens")
-    output_len: int = option(128, "of every answer", "tokens")
-    warmups: int = option(1, "runs of each size that are not counted")
-    iterations: int = option(5, "runs of each size that are")
-
-
 def run(llm: Any, how: Latency) -> dict[str, Any]:
     """Measure on a loaded engine; one entry a batch size, under `vllm bench latency`'s names."""
-    least = {"input_len": 1, "output_len": 1, "warmups": 0, "iterations": 1}
-    for name, value in least.items():
-        if getattr(how, name) < value:
-            raise ConfigError(f"{name} must be at least {value}, got {getattr(how, name)}")
-    if not how.batch_sizes or min(how.batch_sizes) < 1:
-        raise ConfigError("batch_sizes must be numbers above 0, such as 1,4,16")
+    check(how)
     config = {row["option"]: row["value"] for row in llm.engine.explain()["options"]}
     rng = Random("latency")
     rows = [_size(llm, how, size, rng) for size in how.batch_sizes]
@@ -42,6 +26,16 @@ def run(llm: Any, how: Latency) -> dict[str, Any]:
     if len(rows) == 1:
         result |= {name: rows[0][name] for name in ("avg_latency", "latencies", "percentiles")}
     return result
+
+
+def check(how: Latency) -> None:
+    """Raise `ConfigError` for what cannot be run."""
+    least = {"input_len": 1, "output_len": 1, "warmups": 0, "iterations": 1}
+    for name, value in least.items():
+        if getattr(how, name) < value:
+            raise ConfigError(f"{name} must be at least {value}, got {getattr(how, name)}")
+    if not how.batch_sizes or min(how.batch_sizes) < 1:
+        raise ConfigError("batch_sizes must be numbers above 0, such as 1,4,16")
 
 
 def _size(llm: Any, how: Latency, size: int, rng: Random) -> dict[str, Any]:

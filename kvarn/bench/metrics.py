@@ -2,7 +2,7 @@
 
 TTFT: sent to the first event with tokens. ITL: between events with tokens, all requests together.
 E2EL: sent to the last event with tokens. TPOT: (E2EL - TTFT) / (output tokens - 1), of requests
-with at least two. Goodput: requests a second that met every target (TPOT counts as 0 for one token).
+with at least two. Goodput: requests a second that met every target (TPOT is 0 for one token).
 Throughputs are over the whole run, from its start to the last answer.
 """
 

@@ -5,38 +5,34 @@ operations a second, and with `ceiling` the share of what this machine was measu
 """
 
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from random import Random
 from typing import Any
 
 from kvarn.bench import cost, record
 from kvarn.bench.engines import Burst, burst
+from kvarn.bench.options import Offline, Workload
 from kvarn.bench.presets import Preset, bursts, find_preset
-from kvarn.bench.prompts import Turn, Workload, make_jobs
-from kvarn.core.config import option
+from kvarn.bench.prompts import Turn, make_jobs
 from kvarn.core.errors import ConfigError
 
 
-@dataclass(slots=True)
-class Offline:
-    """How the offline benchmark measures."""
-
-    preset: tuple[str, ...] = option(
-        (), "named workloads instead of a data set: W1, W8, W16, P16, prefill-512"
-    )
-    repeats: int = option(3, "runs of each workload; the median counts")
-    ceiling: bool = option(False, "also measure this machine's memory bandwidth and GEMM rate")
+def check(work: Workload, how: Offline) -> None:
+    """Raise `ConfigError` for what cannot be run, before a model is loaded."""
+    if how.repeats < 1:
+        raise ConfigError(f"repeats must be at least 1, got {how.repeats}")
+    for name in how.preset:
+        find_preset(name)
+    if not how.preset and work.dataset in ("multi-turn", "sharegpt"):
+        raise ConfigError(f"data set {work.dataset!r} needs a server: use `kvarn bench serve`")
 
 
 def run(llm: Any, work: Workload, how: Offline) -> dict[str, Any]:
     """Measure on a loaded engine; the result holds one entry a workload."""
-    if how.repeats < 1:
-        raise ConfigError(f"repeats must be at least 1, got {how.repeats}")
+    check(work, how)
     presets = {name: find_preset(name) for name in how.preset}
     config = _config(llm)
     vocab = min(work.vocab, llm.spec.vocab)
-    if not presets and work.dataset in ("multi-turn", "sharegpt"):
-        raise ConfigError(f"data set {work.dataset!r} needs a server: use `kvarn bench serve`")
     _warm_up(llm, vocab)
     runs = (
         {name: _preset(llm, preset, vocab, how.repeats) for name, preset in presets.items()}

@@ -16,7 +16,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from kvarn.core.config import option
+from kvarn.bench.options import Workload
 from kvarn.core.errors import ConfigError, nearest
 
 #: lower ids are often special tokens
@@ -42,29 +42,6 @@ class Job:
 
     turns: list[Turn]
     at: float | None = None  #: due time that the data set itself gives [s after the start]
-
-
-@dataclass(slots=True)
-class Workload:
-    """What a data set is made from; two results with equal workloads may be compared."""
-
-    dataset: str = option("random", "random, shared-prefix, multi-turn, sharegpt or trace")
-    num_prompts: int = option(100, "requests; the turns of a conversation count one by one")
-    input_len: int = option(128, "mean own length of a prompt", "tokens")
-    output_len: int = option(128, "mean length of an answer; sharegpt: 0 is the file's", "tokens")
-    range_ratio: float = option(0.0, "both lengths spread by this share of the mean, in [0, 1)")
-    prefix_len: int = option(0, "shared by all prompts, or by those of a group", "tokens")
-    prefixes: int = option(1, "shared-prefix: groups, each with its own prefix")
-    turns: int = option(4, "multi-turn: requests of a conversation")
-    dataset_path: str | None = option(
-        None,
-        "sharegpt: JSON list or lines with conversations, messages or prompt; trace: JSON lines "
-        "with timestamp [ms], input_length, output_length, hash_ids (Mooncake) or CSV with "
-        "TIMESTAMP, ContextTokens, GeneratedTokens (Azure); .gz as well",
-    )
-    speed: float = option(1.0, "trace: the trace's clock runs this many times faster")
-    vocab: int = option(32000, "random token ids stay below this", "tokens")
-    seed: int = option(0, "of prompts, lengths and arrival times")
 
 
 def make_jobs(work: Workload) -> list[Job]:

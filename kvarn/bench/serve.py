@@ -12,7 +12,7 @@ import multiprocessing.connection
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from multiprocessing.connection import Connection as Pipe
 from random import Random
 from typing import Any
@@ -22,37 +22,12 @@ from kvarn.bench.arrivals import arrival_times
 from kvarn.bench.backends import Asking, find_backend
 from kvarn.bench.client import Sample, Share, ask, work
 from kvarn.bench.http import Client, HTTPError
-from kvarn.bench.prompts import Job, Turn, Workload, make_jobs
-from kvarn.core.config import option
+from kvarn.bench.options import Load, Workload
+from kvarn.bench.prompts import Job, Turn, make_jobs
 from kvarn.core.errors import ConfigError, KvarnError
 
 #: from the moment at which all processes are ready to the run's start [s]
 LEAD = 0.3
-
-
-@dataclass(slots=True)
-class Load:
-    """How a workload is sent, and how the answers are judged."""
-
-    base_url: str = option("http://127.0.0.1:8000", "address of the server")
-    backend: str = option("openai", "openai (completions), openai-chat or sglang (/generate)")
-    served_model: str | None = option(None, "name the server knows it by; default: its first one")
-    request_rate: float = option(math.inf, "mean rate; inf: all at once", "requests/s")
-    burstiness: float = option(
-        1.0, "shape of the gamma intervals: 1 is Poisson, below 1 burstier, inf a fixed interval"
-    )
-    max_concurrency: int | None = option(None, "most requests in flight")
-    processes: int = option(2, "client processes; they share the requests and the concurrency")
-    warmups: int = option(1, "requests sent before, not counted; they also prove the server is up")
-    temperature: float = option(0.0, "of sampling; 0 is greedy")
-    ignore_eos: bool = option(True, "generate to the full length")
-    goodput: tuple[str, ...] = option((), "targets such as ttft:200 tpot:50 e2el:2000", "ms")
-    percentiles: tuple[float, ...] = option((50.0, 90.0, 95.0, 99.0), "reported percentiles")
-    timeout: float = option(600.0, "of one request", "s")
-    api_key: str | None = option(None, "sent as a bearer token")
-    header: tuple[str, ...] = option((), "further header fields, NAME=VALUE")
-    label: str | None = option(None, "name of this run, kept in the result")
-    detailed: bool = option(False, "keep one entry a request: times, texts, errors")
 
 
 def run(

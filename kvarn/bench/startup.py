@@ -6,11 +6,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from kvarn.bench import record
-from kvarn.core.config import option
+from kvarn.bench.options import Startup
 from kvarn.core.errors import ConfigError, KvarnError
 
 #: what the fresh process runs: options as JSON on stdin, stages as JSON on its last line
@@ -33,14 +33,6 @@ print(json.dumps({
     "options": {row["option"]: row["value"] for row in found["options"]},
 }))
 """
-
-
-@dataclass(slots=True)
-class Startup:
-    """What the start-up benchmark runs."""
-
-    repeats: int = option(3, "fresh processes; medians count")
-    timeout: float = option(600.0, "of one process", "s")
 
 
 def run(given: Mapping[str, Any], how: Startup) -> dict[str, Any]:

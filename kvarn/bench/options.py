@@ -1,0 +1,84 @@
+"""Options of every benchmark, as data: the command line makes its flags from them."""
+
+import math
+from dataclasses import dataclass
+
+from kvarn.core.config import option
+
+
+@dataclass(slots=True)
+class Workload:
+    """What a data set is made from; two results with equal workloads may be compared."""
+
+    dataset: str = option("random", "random, shared-prefix, multi-turn, sharegpt or trace")
+    num_prompts: int = option(100, "requests; the turns of a conversation count one by one")
+    input_len: int = option(128, "mean own length of a prompt", "tokens")
+    output_len: int = option(128, "mean length of an answer; sharegpt: 0 is the file's", "tokens")
+    range_ratio: float = option(0.0, "both lengths spread by this share of the mean, in [0, 1)")
+    prefix_len: int = option(0, "shared by all prompts, or by those of a group", "tokens")
+    prefixes: int = option(1, "shared-prefix: groups, each with its own prefix")
+    turns: int = option(4, "multi-turn: requests of a conversation")
+    dataset_path: str | None = option(
+        None,
+        "sharegpt: JSON list or lines with conversations, messages or prompt; trace: JSON lines "
+        "with timestamp [ms], input_length, output_length, hash_ids (Mooncake) or CSV with "
+        "TIMESTAMP, ContextTokens, GeneratedTokens (Azure); .gz as well",
+    )
+    speed: float = option(1.0, "trace: the trace's clock runs this many times faster")
+    vocab: int = option(32000, "random token ids stay below this", "tokens")
+    seed: int = option(0, "of prompts, lengths and arrival times")
+
+
+@dataclass(slots=True)
+class Load:
+    """How a workload is sent, and how the answers are judged."""
+
+    base_url: str = option("http://127.0.0.1:8000", "address of the server")
+    backend: str = option("openai", "openai (completions), openai-chat or sglang (/generate)")
+    served_model: str | None = option(None, "name the server knows it by; default: its first one")
+    request_rate: float = option(math.inf, "mean rate; inf: all at once", "requests/s")
+    burstiness: float = option(
+        1.0, "shape of the gamma intervals: 1 is Poisson, below 1 burstier, inf a fixed interval"
+    )
+    max_concurrency: int | None = option(None, "most requests in flight")
+    processes: int = option(2, "client processes; they share the requests and the concurrency")
+    warmups: int = option(1, "requests sent before, not counted; they also prove the server is up")
+    temperature: float = option(0.0, "of sampling; 0 is greedy")
+    ignore_eos: bool = option(True, "generate to the full length")
+    goodput: tuple[str, ...] = option((), "targets such as ttft:200 tpot:50 e2el:2000", "ms")
+    percentiles: tuple[float, ...] = option((50.0, 90.0, 95.0, 99.0), "reported percentiles")
+    timeout: float = option(600.0, "of one request", "s")
+    api_key: str | None = option(None, "sent as a bearer token")
+    header: tuple[str, ...] = option((), "further header fields, NAME=VALUE")
+    label: str | None = option(None, "name of this run, kept in the result")
+    detailed: bool = option(False, "keep one entry a request: times, texts, errors")
+
+
+@dataclass(slots=True)
+class Offline:
+    """How the offline benchmark measures."""
+
+    preset: tuple[str, ...] = option(
+        (), "named workloads instead of a data set: W1, W8, W16, P16, prefill-512"
+    )
+    repeats: int = option(3, "runs of each workload; the median counts")
+    ceiling: bool = option(False, "also measure this machine's memory bandwidth and GEMM rate")
+
+
+@dataclass(slots=True)
+class Latency:
+    """What the latency benchmark runs."""
+
+    batch_sizes: tuple[int, ...] = option((1, 2, 4, 8, 16), "requests given together")
+    input_len: int = option(32, "of every prompt", "tokens")
+    output_len: int = option(128, "of every answer", "tokens")
+    warmups: int = option(1, "runs of each size that are not counted")
+    iterations: int = option(5, "runs of each size that are")
+
+
+@dataclass(slots=True)
+class Startup:
+    """What the start-up benchmark runs."""
+
+    repeats: int = option(3, "fresh processes; medians count")
+    timeout: float = option(600.0, "of one process", "s")
