@@ -12,7 +12,7 @@ from kvarn.core.model import GroupSpec, ModelSpec
 from kvarn.core.part import Cap, Part, find, solve
 from kvarn.core.validate import Limits
 from kvarn.kv.manager import KVManager
-from kvarn.kv.pool import KVPool
+from kvarn.runner.pool import KVPool
 from kvarn.kv.prefix import PrefixIndex
 from kvarn.kv.sizing import bytes_of, pages_by_group, pages_for_bytes
 from kvarn.models.fit import GIB, free_memory

@@ -1,1 +1,1 @@
-"""The KV cache: who owns which page (left), and where the pages' bytes are (`pool`, right)."""
+"""The KV cache as numbers: who owns which page, what is shared, what goes first."""

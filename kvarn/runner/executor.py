@@ -11,7 +11,7 @@ from torch import Tensor
 from kvarn.core.model import GroupSpec, ModelSpec
 from kvarn.core.plan import SeqStart, SpanResult, StepPlan, StepResult, TokenLogprobs
 from kvarn.kernels.attention import AttentionBackend
-from kvarn.kv.pool import KVPool
+from kvarn.runner.pool import KVPool
 from kvarn.models.decoder import Decoder
 from kvarn.models.points import Tap
 from kvarn.runner.batch import Batch, build
