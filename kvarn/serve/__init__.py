@@ -1,0 +1,1 @@
+"""The server: an API process (HTTP) and an engine process, joined by one socket."""
