@@ -5,12 +5,13 @@ Whether a grammar compiles is asked of `kvarn.runner.grammar` (it needs the gram
 """
 
 import math
-from collections.abc import Iterable, Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn, get_args
 
 from kvarn.core.errors import RequestError
 from kvarn.core.request import (
+    Grammar,
     LogprobsMode,
     PoolingKind,
     Request,
@@ -59,6 +60,7 @@ def validate(request: Request, limits: Limits) -> None:
         _check_pooling(request)
         _check_length(len(request.prompt), 0, limits)
         return
+    _check_switches(params)
     _check_counts(params, limits)
     _check_floats(params)
     _check_logprobs(params, limits)
@@ -88,6 +90,11 @@ def _real(name: str, value: Any, low: float, high: float) -> None:
         _refuse(name, f"{name} must be between {low:g} and {high:g}, not {value}")
 
 
+def _sequence(name: str, value: Any) -> None:
+    if type(value) not in (list, tuple):
+        _refuse(name, f"{name} must be a list, not {_show(value)}", "invalid_type")
+
+
 def _show(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
@@ -114,8 +121,7 @@ def _check_length(prompt: int, outputs: int, limits: Limits) -> None:
 
 def _token_ids(name: str, ids: Any, vocab: int) -> None:
     """A non-empty list or tuple of ids of the vocabulary."""
-    if type(ids) not in (list, tuple):
-        _refuse(name, f"{name} must be a list of token ids, not {_show(ids)}", "invalid_type")
+    _sequence(name, ids)
     if not ids:
         _refuse(name, f"{name} is empty; at least one token is needed", "empty")
     kinds = set(map(type, ids))
@@ -148,6 +154,13 @@ def _check_pooling(request: Request) -> None:
         given = getattr(request.sampling, field.name)
         if field.name not in NOT_ABOUT_GENERATION and given != getattr(plain, field.name):
             _refuse(field.name, f"{field.name} has no meaning for an embedding; leave it out")
+
+
+def _check_switches(params: SamplingParams) -> None:
+    for name in ("include_stop", "ignore_eos", "skip_special_tokens"):
+        value = getattr(params, name)
+        if type(value) is not bool:
+            _refuse(name, f"{name} must be true or false, not {_show(value)}", "invalid_type")
 
 
 def _check_counts(params: SamplingParams, limits: Limits) -> None:
@@ -191,10 +204,12 @@ def _check_logprobs(params: SamplingParams, limits: Limits) -> None:
 
 
 def _check_tokens(params: SamplingParams, limits: Limits) -> None:
+    _sequence("stop_token_ids", params.stop_token_ids)
     if params.stop_token_ids:
         _token_ids("stop_token_ids", params.stop_token_ids, limits.vocab)
     if params.allowed_token_ids is not None:
         _token_ids("allowed_token_ids", params.allowed_token_ids, limits.vocab)
+    _sequence("bad_word_ids", params.bad_word_ids)
     for ids in params.bad_word_ids:
         _token_ids("bad_word_ids", ids, limits.vocab)
     if type(params.logit_bias) is not dict:
@@ -216,10 +231,8 @@ def _check_texts(params: SamplingParams, limits: Limits) -> None:
     _texts("bad_words", params.bad_words, limits.max_bad_words, limits)
 
 
-def _texts(name: str, values: Iterable[Any], most: int, limits: Limits) -> None:
-    if type(values) not in (list, tuple):
-        _refuse(name, f"{name} must be a list of texts, not {_show(values)}", "invalid_type")
-    values = list(values)
+def _texts(name: str, values: Sequence[Any], most: int, limits: Limits) -> None:
+    _sequence(name, values)
     if not values:
         return
     if not limits.has_tokenizer:
@@ -251,6 +264,8 @@ def _check_grammar(params: SamplingParams, limits: Limits) -> None:
     grammar = params.grammar
     if grammar is None:
         return
+    if type(grammar) is not Grammar or type(grammar.source) is not str:
+        _refuse("grammar", f"grammar must be a Grammar, not {_show(grammar)}", "invalid_type")
     if grammar.kind not in GRAMMAR_KINDS:
         known = ", ".join(GRAMMAR_KINDS)
         _refuse("grammar", f"a grammar's kind must be one of {known}, not {_show(grammar.kind)}")
