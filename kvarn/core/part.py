@@ -51,6 +51,7 @@ BUILT_IN: dict[tuple[str, str], str] = {
     ("attention", "reference"): "kvarn.kernels.attention.reference:Reference",
     ("attention", "cpu"): "kvarn.kernels.attention.cpu:CPUAttention",
     ("attention", "invariant"): "kvarn.kernels.attention.invariant:Invariant",
+    ("attention", "native"): "kvarn.kernels.attention.native:NativeAttention",
 }
 
 

@@ -7,8 +7,11 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from kvarn.core.errors import ConfigError, nearest
+from kvarn.kernels import native
 
-Mode = Literal["plain", "packed", "int8", "invariant"]
+Mode = Literal["plain", "packed", "native", "int8", "invariant"]
+
+PANEL = 32  #: outputs of a panel, as in linear.cpp
 
 
 class Linear:
@@ -57,6 +60,42 @@ class Packed(Linear):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
+class Native(Linear):
+    """The compiled kernel on panels of 32 outputs; batch-invariant (bf16 with even n_in, fp32)."""
+
+    mode = "native"
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight, bias)
+        pack = native.kernel("pack", weight)
+        run = native.kernel("linear", weight)
+        if pack is None or run is None or (weight.dtype == torch.bfloat16 and self.n_in % 2):
+            raise ConfigError(
+                f"linear mode 'native' cannot take {weight.dtype} [{self.n_out}, {self.n_in}] on "
+                f"{weight.device}: {native.reason()}; mode 'packed' or 'plain' works"
+            )
+        panels = -(-self.n_out // PANEL)
+        self.packed = torch.empty(panels * PANEL * self.n_in, dtype=weight.dtype)
+        pack(weight.contiguous().data_ptr(), self.n_out, self.n_in, self.packed.data_ptr())
+        self.dtype = weight.dtype
+        self.wide_bias = None if bias is None else bias.float()
+        self.weight_bytes = self.packed.numel() * self.packed.element_size()
+        self._run = run
+        self._packed_at = self.packed.data_ptr()
+        self._bias_at = None if self.wide_bias is None else self.wide_bias.data_ptr()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.stride(1) != 1 or x.stride(0) % 2:
+            x = x.contiguous()
+        t = x.shape[0]
+        y = torch.empty((t, self.n_out), dtype=self.dtype)
+        self._run(
+            x.data_ptr(), t, self.n_in, x.stride(0), self._packed_at, self._bias_at, self.n_out,
+            y.data_ptr(),
+        )  # fmt: skip
+        return y
+
+
 class Int8(Linear):
     """int8 weights with a scale a row; activations are quantised as they come."""
 
@@ -101,7 +140,9 @@ class Invariant(Linear):
         return out[:n]
 
 
-FORMS: dict[str, type[Linear]] = {form.mode: form for form in (Plain, Packed, Int8, Invariant)}
+FORMS: dict[str, type[Linear]] = {
+    form.mode: form for form in (Plain, Packed, Native, Int8, Invariant)
+}
 
 
 def make_linear(weight: Tensor, bias: Tensor | None = None, mode: Mode = "plain") -> Linear:

@@ -7,14 +7,17 @@ import torch
 from torch import Tensor
 
 from kvarn.core.model import RopeScaling
+from kvarn.kernels import native
+from kvarn.kernels.timing import compare
 
 
 @dataclass(slots=True)
 class Angles:
-    """Cosines and signed sines of one step's rows, [T, 1, d] each; used by every layer."""
+    """Cosines and signed sines of one step's rows, fp32 [T, 1, d] each; used by every layer."""
 
     cos: Tensor
     sin: Tensor  #: first half negated, so that rotation is x * cos + swap(x) * sin
+    narrow: tuple[Tensor, Tensor] | None = None  #: the same in the model's dtype, for torch's form
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
@@ -55,19 +58,44 @@ class Rope:
         """Angles of rows at `positions` [T] (int64); once a step."""
         cos = self.cos.index_select(0, positions).unsqueeze(1)
         sin = self.sin.index_select(0, positions).unsqueeze(1)
-        return Angles(cos.to(self.dtype), sin.to(self.dtype))
+        if self.dtype == torch.float32 or (cos.is_cpu and native.available()):
+            return Angles(cos, sin)
+        return Angles(cos, sin, (cos.to(self.dtype), sin.to(self.dtype)))
 
 
 def apply(q: Tensor, k: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
     """Rotate q [T, Hq, d] and k [T, Hkv, d]; the inputs stay as they are.
 
-    Views into one fused row (k's heads right after q's) are rotated by one set of operations.
+    Views into one fused row (k's heads right after q's) are rotated by one operation.
     """
     joined = _joined(q, k)
     if joined is None:
         return _rotate(q, angles), _rotate(k, angles)
+    heads = q.shape[1]
     turned = _rotate(joined, angles)
-    return turned[:, : q.shape[1]], turned[:, q.shape[1] :]
+    return turned[:, :heads], turned[:, heads:]
+
+
+def _rotate(x: Tensor, angles: Angles) -> Tensor:
+    """x [T, H, d] turned, in new memory."""
+    kernel = native.kernel("rope", x)
+    t, heads, dim = x.shape
+    if kernel is None or x.stride(2) != 1 or x.stride(1) != dim:
+        return plain(x, angles)
+    out = torch.empty((t, heads, dim), dtype=x.dtype)
+    kernel(
+        x.data_ptr(), t, heads, dim, x.stride(0), angles.cos.data_ptr(), angles.sin.data_ptr(),
+        out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def plain(x: Tensor, angles: Angles) -> Tensor:
+    """The form in torch."""
+    half = x.shape[-1] // 2
+    cos, sin = angles.narrow or (angles.cos, angles.sin)
+    swapped = torch.cat((x[..., half:], x[..., :half]), -1)
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
 
 def _joined(q: Tensor, k: Tensor) -> Tensor | None:
@@ -84,15 +112,27 @@ def _joined(q: Tensor, k: Tensor) -> Tensor | None:
     return q.as_strided((n, heads + k.shape[1], dim), q.stride(), q.storage_offset())
 
 
-def _rotate(x: Tensor, angles: Angles) -> Tensor:
-    half = x.shape[-1] // 2
-    swapped = torch.cat((x[..., half:], x[..., :half]), -1)
-    return torch.addcmul(x * angles.cos, swapped, angles.sin)
-
-
 def reference(x: Tensor, positions: Tensor, inverse: Tensor) -> Tensor:
     """The definition, in fp32: x [T, H, d], positions [T], inverse frequencies [d / 2]."""
     turns = torch.outer(positions.float(), inverse).unsqueeze(1)
     first, second = x.float().chunk(2, -1)
     cos, sin = turns.cos(), turns.sin()
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def bench() -> None:
+    """q and k of 9 + 3 heads of 64 in one fused row: one row, 16 rows and 512 rows, bf16."""
+    rope = Rope(64, 1e5, None, 1024, torch.bfloat16, "cpu")
+    for rows in (1, 16, 512):
+        qkv = torch.randn(rows, 15, 64).bfloat16()
+        angles = rope.at(torch.arange(rows))
+        angles.narrow = (angles.cos.bfloat16(), angles.sin.bfloat16())
+        compare(
+            f"rope [{rows}, 9 + 3, 64] bf16",
+            torch=lambda: plain(qkv[:, :12], angles),  # noqa: B023
+            in_force=lambda: apply(qkv[:, :9], qkv[:, 9:12], angles),  # noqa: B023
+        )
+
+
+if __name__ == "__main__":
+    bench()

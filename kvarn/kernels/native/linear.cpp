@@ -1,0 +1,103 @@
+// y = x W^T + b on packed weights: panels of 32 outputs, [panel][k words][32], zero padded.
+// An output is one chain of sums over k whatever the number of rows: results are batch-invariant.
+#include <sys/mman.h>
+
+#include <algorithm>
+
+#include "vec.h"
+
+namespace kvarn {
+
+constexpr int PANEL = 32;  // outputs of a panel: two vectors
+constexpr int ROWS = 12;   // rows multiplied at a time: 24 accumulators
+constexpr int CHUNK = 10 * ROWS;  // rows that stay in cache while a panel passes
+
+template <class T>
+void pack(const T* w, int64_t n, int64_t k, uint32_t* out) {
+    const int64_t words = k / Lane<T>::per_word;
+    const int64_t panels = (n + PANEL - 1) / PANEL;
+    const int64_t size = panels * words * PANEL * 4;
+    const uintptr_t huge = 2 << 20, first = ((uintptr_t)out + huge - 1) / huge * huge;
+    if (first + huge <= (uintptr_t)out + size)  // fewer TLB misses; a hint, so its failure is harmless
+        madvise((void*)first, ((uintptr_t)out + size - first) / huge * huge, MADV_HUGEPAGE);
+#pragma omp parallel for
+    for (int64_t panel = 0; panel < panels; panel++)
+        for (int64_t p = 0; p < words; p++)
+            for (int64_t j = 0; j < PANEL; j++) {
+                const int64_t row = panel * PANEL + j;
+                uint32_t word = 0;
+                if (row < n) std::memcpy(&word, (const uint32_t*)(w + row * k) + p, 4);
+                out[(panel * words + p) * PANEL + j] = word;
+            }
+}
+
+template <class T, int M>
+void tile(const T* x, int64_t x_stride, const uint32_t* panel, int64_t words, const float* bias,
+          int64_t width, T* y, int64_t n) {
+    Floats acc[M][2];
+    const uint32_t* rows[M];
+    for (int i = 0; i < M; i++) {
+        rows[i] = (const uint32_t*)(x + i * x_stride);
+        acc[i][0] = acc[i][1] = Floats{};
+    }
+    multiply<T, M, 2>(acc, rows, panel, PANEL, words);
+    for (int j = 0; j < 2; j++) {
+        const int some = (int)std::min<int64_t>(16, width - j * 16);
+        if (some <= 0) break;
+        const Floats add = bias ? get_some(bias + j * 16, some) : Floats{};
+        for (int i = 0; i < M; i++) {
+            const Floats sum = bias ? acc[i][j] + add : acc[i][j];
+            if (some == 16) Lane<T>::put(y + i * n + j * 16, sum);
+            else put_some(y + i * n + j * 16, sum, some);
+        }
+    }
+}
+
+template <class T>
+using Tile = void (*)(const T*, int64_t, const uint32_t*, int64_t, const float*, int64_t, T*, int64_t);
+
+template <class T>
+constexpr Tile<T> TILES[ROWS + 1] = {
+    nullptr,    tile<T, 1>, tile<T, 2>, tile<T, 3>, tile<T, 4>,  tile<T, 5>,  tile<T, 6>,
+    tile<T, 7>, tile<T, 8>, tile<T, 9>, tile<T, 10>, tile<T, 11>, tile<T, 12>,
+};
+
+template <class T>
+void run(const T* x, int64_t t, int64_t k, int64_t x_stride, const uint32_t* packed,
+         const float* bias, int64_t n, T* y) {
+    const int64_t words = k / Lane<T>::per_word;
+    const int64_t panels = (n + PANEL - 1) / PANEL;
+    const int64_t chunks = (t + CHUNK - 1) / CHUNK;
+#pragma omp parallel for schedule(static) collapse(2) if (n * k * t > 30000)
+    for (int64_t panel = 0; panel < panels; panel++)
+        for (int64_t chunk = 0; chunk < chunks; chunk++) {
+            const int64_t lo = t * chunk / chunks, hi = t * (chunk + 1) / chunks;
+            const int64_t tiles = (hi - lo + ROWS - 1) / ROWS;
+            for (int64_t i = 0; i < tiles; i++) {
+                const int64_t from = lo + (hi - lo) * i / tiles, to = lo + (hi - lo) * (i + 1) / tiles;
+                const int64_t at = panel * PANEL;
+                TILES<T>[to - from](x + from * x_stride, x_stride, packed + at * words, words,
+                                    bias ? bias + at : nullptr, n - at, y + from * n + at, n);
+            }
+        }
+}
+
+}  // namespace kvarn
+
+extern "C" {
+
+using kvarn::bf16;
+
+void kvarn_pack_f32(const float* w, int64_t n, int64_t k, uint32_t* out) { kvarn::pack(w, n, k, out); }
+void kvarn_pack_bf16(const bf16* w, int64_t n, int64_t k, uint32_t* out) { kvarn::pack(w, n, k, out); }
+
+void kvarn_linear_f32(const float* x, int64_t t, int64_t k, int64_t x_stride, const uint32_t* packed,
+                      const float* bias, int64_t n, float* y) {
+    kvarn::run(x, t, k, x_stride, packed, bias, n, y);
+}
+
+void kvarn_linear_bf16(const bf16* x, int64_t t, int64_t k, int64_t x_stride, const uint32_t* packed,
+                       const float* bias, int64_t n, bf16* y) {
+    kvarn::run(x, t, k, x_stride, packed, bias, n, y);
+}
+}

@@ -1,0 +1,176 @@
+// Sixteen lanes of 32 bits, in the compiler's own vector types: one source for AVX-512, AVX2 and NEON.
+// A bf16 matrix is handled as dwords of two neighbours along the summed dimension, so that fp32 and bf16
+// run through the same loops: `mac` is a fused multiply-add on one, a dot product of pairs on the other.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace kvarn {
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+template <class V, class P>
+inline V load(const P* from) {
+    V v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+template <class V, class P>
+inline void store(P* to, V v) {
+    std::memcpy(to, &v, sizeof v);
+}
+
+inline Floats splat(float x) { return Floats{} + x; }
+
+inline Floats fma(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+    return a * b + c;
+#endif
+}
+
+inline Floats select(Ints mask, Floats yes, Floats no) {
+    return (Floats)(((Ints)yes & mask) | ((Ints)no & ~mask));
+}
+
+inline Floats larger(Floats a, Floats b) { return select(a > b, a, b); }
+
+// Sums and maxima run in a fixed tree, so they do not depend on the compiler's choice.
+inline float sum(Floats v) {
+    float x[16];
+    store(x, v);
+    for (int width = 8; width; width /= 2)
+        for (int i = 0; i < width; i++) x[i] += x[i + width];
+    return x[0];
+}
+
+inline float largest(Floats v) {
+    float x[16];
+    store(x, v);
+    for (int width = 8; width; width /= 2)
+        for (int i = 0; i < width; i++) x[i] = x[i] > x[i + width] ? x[i] : x[i + width];
+    return x[0];
+}
+
+inline Floats widen(Halves h) {
+    return (Floats)(__builtin_convertvector(h, Words) << 16);
+}
+
+// Round to nearest even; NaN stays NaN.
+inline Halves narrow(Floats v) {
+#if defined(__AVX512BF16__)
+    return (Halves)_mm512_cvtneps_pbh((__m512)v);
+#else
+    Words u = (Words)v;
+    Words rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    Words quiet = (u >> 16) | 0x40;
+    Ints nan = v != v;
+    return __builtin_convertvector((rounded & ~(Words)nan) | (quiet & (Words)nan), Halves);
+#endif
+}
+
+template <class T>
+struct Lane;
+
+template <>
+struct Lane<float> {
+    static constexpr int per_word = 1;
+    static Floats get(const float* p) { return load<Floats>(p); }
+    static void put(float* p, Floats v) { store(p, v); }
+    static Floats mac(Floats acc, Words a, Words b) { return fma((Floats)a, (Floats)b, acc); }
+};
+
+template <>
+struct Lane<bf16> {
+    static constexpr int per_word = 2;
+    static Floats get(const bf16* p) { return widen(load<Halves>(p)); }
+    static void put(bf16* p, Floats v) { store(p, narrow(v)); }
+    static Floats mac(Floats acc, Words a, Words b) {
+#if defined(__AVX512BF16__)
+        return (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#else
+        acc = fma((Floats)(a << 16), (Floats)(b << 16), acc);
+        return fma((Floats)(a & 0xffff0000u), (Floats)(b & 0xffff0000u), acc);
+#endif
+    }
+};
+
+// The first n < 16 elements, the rest zero.
+template <class T>
+inline Floats get_some(const T* p, int n) {
+    T part[16] = {};
+    std::memcpy(part, p, n * sizeof(T));
+    return Lane<T>::get(part);
+}
+
+template <class T>
+inline void put_some(T* p, Floats v, int n) {
+    T part[16];
+    Lane<T>::put(part, v);
+    std::memcpy(p, part, n * sizeof(T));
+}
+
+// 2^x for x <= about 127; 0 below -126. Error under 2 units in the last place.
+inline Floats exp2(Floats x) {
+    x = larger(x, splat(-127.0f));
+    const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    Floats shifted = x + magic;
+    Floats f = x - (shifted - magic);
+    Ints n = (Ints)shifted - (Ints)magic;
+    Floats p = splat(1.5403530e-4f);
+    p = fma(p, f, splat(1.3333558e-3f));
+    p = fma(p, f, splat(9.6181291e-3f));
+    p = fma(p, f, splat(5.5504109e-2f));
+    p = fma(p, f, splat(2.4022651e-1f));
+    p = fma(p, f, splat(6.9314718e-1f));
+    p = fma(p, f, splat(1.0f));
+    Floats r = (Floats)((Ints)p + (n << 23));
+    return select(x > splat(-126.0f), r, Floats{});
+}
+
+constexpr float LOG2E = 1.44269504088896341f;
+constexpr float LN2 = 0.693147180559945309f;
+
+inline Floats exp(Floats x) { return exp2(x * LOG2E); }
+
+inline Floats tanh(Floats x) {
+    Floats sq = x * x;
+    Floats small = x * fma(fma(fma(splat(-17.0f / 315), sq, splat(2.0f / 15)), sq, splat(-1.0f / 3)),
+                           sq, splat(1.0f));
+    Floats bound = select(x > splat(20.0f), splat(20.0f), x);
+    Floats wide = 1.0f - 2.0f / (exp2(bound * (2.0f * LOG2E)) + 1.0f);
+    return select(sq < splat(0.04f), small, wide);
+}
+
+// acc[M][N] += A[M][k] B[k][N * 16], k in words. Every element is summed in order of k by one chain, so
+// the result for a row does not depend on M.
+template <class T, int M, int N>
+inline void multiply(Floats (&acc)[M][N], const uint32_t* const (&a)[M], const uint32_t* b,
+                     int64_t b_stride, int64_t k) {
+    for (int64_t p = 0; p < k; p++) {
+        Words column[N];
+#pragma GCC unroll 8
+        for (int j = 0; j < N; j++) column[j] = load<Words>(b + p * b_stride + j * 16);
+#pragma GCC unroll 16
+        for (int i = 0; i < M; i++) {
+            Words row = Words{} + a[i][p];
+#pragma GCC unroll 8
+            for (int j = 0; j < N; j++) acc[i][j] = Lane<T>::mac(acc[i][j], row, column[j]);
+        }
+    }
+}
+
+}  // namespace kvarn
