@@ -112,12 +112,12 @@ def _serve() -> Any:
     @takes(engine=EngineConfig, server=ServeOptions)
     def serve(engine: dict[str, Any], server: dict[str, Any], name: Model = None) -> int:
         """Serve a model over the OpenAI API."""
-        from kvarn.cli_model import fetch
+        from kvarn.cli_model import fetch, tokenizer_of
         from kvarn.serve.main import serve as run
 
         resolved = chosen(engine, name)
         fetch(resolved.config)
-        return run(resolved, ServeOptions(**server))
+        return run(resolved, ServeOptions(**server), tokenizer_of)
 
     return serve
 

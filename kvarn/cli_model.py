@@ -35,6 +35,14 @@ def pull_with_bar(name: str) -> Path:
         return pull(name, progress)
 
 
+def tokenizer_of(resolved: Resolved) -> Any:
+    """The tokenizer of the model that the options name; None for random weights."""
+    from kvarn.models.load import load_tokenizer, locate
+
+    config = resolved.config
+    return None if config.load == "random" else load_tokenizer(locate(config.model))
+
+
 @contextmanager
 def open_llm(resolved: Resolved) -> Iterator[Any]:
     """The engine of a command: model brought here, loaded, and closed at the end."""

@@ -78,8 +78,8 @@ class EventSplitter:
 
     def feed(self, data: bytes) -> list[bytes]:
         """Data of the events that `data` completes; comments and other fields are left out."""
-        self.buffer += data.replace(b"\r\n", b"\n")
-        *events, self.buffer = self.buffer.split(b"\n\n")
+        whole = (self.buffer + data).replace(b"\r\n", b"\n")
+        *events, self.buffer = whole.split(b"\n\n")
         found = []
         for event in events:
             lines = [line[5:].lstrip() for line in event.split(b"\n") if line.startswith(b"data:")]
