@@ -43,8 +43,14 @@ class Decoder:
     """A dense transformer: `forward` to the final norm, `logits` for the rows that want them."""
 
     def __init__(
-        self, spec: ModelSpec, weights: Weights, *, dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu", mode: Mode = "plain", max_len: int | None = None,
+        self,
+        spec: ModelSpec,
+        weights: Weights,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        mode: Mode = "plain",
+        max_len: int | None = None,
     ) -> None:
         """Read every tensor from `weights`; `max_len` bounds the positions [tokens]."""
         self.spec = spec
@@ -76,7 +82,7 @@ class Decoder:
     def forward(
         self, tokens: Tensor, positions: Tensor, attend: Attend, tap: Tap | None = None
     ) -> Tensor:
-        """Hidden states [T, hidden] after the final norm, of tokens [T] at positions [T] (int64)."""
+        """Hidden states [T, hidden] after the final norm; tokens, positions [T] int64."""
         spec, eps = self.spec, self.spec.norm_eps
         x = embedding(tokens, self.embed)
         if spec.embed_scale != 1.0:
@@ -102,7 +108,7 @@ class Decoder:
         if tap is not None:
             h = tap("attn_norm", i, h)
         heads = layer.qkv(h).view(-1, spec.n_heads + 2 * spec.n_kv_heads, spec.head_dim)
-        q, k, v = heads.split((spec.n_heads, spec.n_kv_heads, spec.n_kv_heads), dim=1)
+        q, k, v = heads.split_with_sizes((spec.n_heads, spec.n_kv_heads, spec.n_kv_heads), 1)
         if tap is not None:
             q, k, v = tap("q", i, q), tap("k", i, k), tap("v", i, v)
         if layer.q_norm is not None and layer.k_norm is not None:
@@ -140,8 +146,13 @@ class Decoder:
 
 
 def _norm_of_sum(
-    delta: Tensor | None, x: Tensor, weight: Tensor, eps: float, tap: Tap | None,
-    point: str, layer: int,
+    delta: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    tap: Tap | None,
+    point: str,
+    layer: int,
 ) -> tuple[Tensor, Tensor]:
     """Add `delta` to the residual stream x and normalise: (normed, new x).
 
@@ -149,7 +160,9 @@ def _norm_of_sum(
     this layer and, where a layer begins, "resid_post" of the layer before.
     """
     if tap is None:
-        return (rms_norm(x, weight, eps), x) if delta is None else add_rms_norm(delta, x, weight, eps)
+        if delta is None:
+            return rms_norm(x, weight, eps), x
+        return add_rms_norm(delta, x, weight, eps)
     if delta is not None:
         x = delta + x
         if point != "resid_mid":
@@ -163,7 +176,11 @@ class _Reader:
     """Reads, fuses, converts and counts the tensors of a decoder."""
 
     def __init__(
-        self, spec: ModelSpec, weights: Weights, dtype: torch.dtype, device: torch.device,
+        self,
+        spec: ModelSpec,
+        weights: Weights,
+        dtype: torch.dtype,
+        device: torch.device,
         mode: Mode,
     ) -> None:
         self.spec, self.weights, self.dtype, self.device = spec, weights, dtype, device
@@ -211,7 +228,9 @@ class _Reader:
         return Layer(
             attn_norm=self.norm(f"{at}.input_layernorm.weight", spec.hidden),
             qkv=self.linear(
-                f"{at}.self_attn", {"q_proj": n_q, "k_proj": n_kv, "v_proj": n_kv}, spec.hidden,
+                f"{at}.self_attn",
+                {"q_proj": n_q, "k_proj": n_kv, "v_proj": n_kv},
+                spec.hidden,
                 spec.qkv_bias,
             ),
             q_norm=self._optional(spec.qk_norm, f"{at}.self_attn.q_norm.weight", spec.head_dim),
@@ -226,7 +245,9 @@ class _Reader:
                 spec.hidden,
             ),
             gate_up=self.linear(
-                f"{at}.mlp", {"gate_proj": spec.ffn, "up_proj": spec.ffn}, spec.hidden,
+                f"{at}.mlp",
+                {"gate_proj": spec.ffn, "up_proj": spec.ffn},
+                spec.hidden,
                 spec.mlp_bias,
             ),
             down=self.linear(f"{at}.mlp", {"down_proj": spec.hidden}, spec.ffn, spec.mlp_bias),

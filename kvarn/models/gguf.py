@@ -51,7 +51,8 @@ def spec_from_gguf(file: GGUFFile, name: str) -> ModelSpec:
         )
     family = ARCHITECTURES[arch]
     get = _Getter(file, arch)
-    n_layers, hidden, n_heads = get("block_count"), get("embedding_length"), get("attention.head_count")
+    n_layers, hidden = get("block_count"), get("embedding_length")
+    n_heads = get("attention.head_count")
     head_dim = get("attention.key_length", hidden // n_heads)
     gemma = family.startswith("gemma")
     return ModelSpec(

@@ -18,7 +18,8 @@ from kvarn.core.errors import ModelError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+#: value type -> code of `struct`
+SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 STRING, ARRAY = 8, 9
 BLOCKS_PER_ROW = 4096
 
@@ -43,9 +44,9 @@ class GGUFFile:
             self.data = np.asarray(np.memmap(path, mode="r", dtype=np.uint8))
         except (OSError, ValueError) as error:
             raise ModelError(f"cannot read {path}: {error}") from None
-        cursor = _Cursor(memoryview(self.data), path)
+        cursor = _Cursor(self.data.data, path)
         if cursor.take(4) != MAGIC:
-            raise ModelError(f"{path} is not a GGUF file: it does not begin with {MAGIC.decode()!r}")
+            raise ModelError(f"{path} is not a GGUF file: it does not begin with 'GGUF'")
         version = cursor.scalar("I")
         if version not in VERSIONS:
             raise ModelError(f"{path} is GGUF version {version}; versions 2 and 3 can be read")
@@ -73,7 +74,7 @@ class GGUFFile:
             raise self.broken(name, f"is of unknown type {info.kind}") from None
         block, block_bytes = GGML_QUANT_SIZES[kind]
         if info.shape[-1] % block:
-            raise self.broken(name, f"has rows of {info.shape[-1]}, no multiple of {kind.name}'s {block}")
+            raise self.broken(name, f"of type {kind.name} has rows of {info.shape[-1]}")
         n_bytes = math.prod(info.shape) // block * block_bytes
         if info.start + n_bytes > len(self.data):
             missing = info.start + n_bytes - len(self.data)
@@ -91,7 +92,7 @@ class GGUFFile:
         try:
             values = dequantize(raw.reshape(-1, per_row * block_bytes), kind)
         except NotImplementedError:
-            raise self.broken(name, f"is of type {kind.name}, which cannot be dequantised") from None
+            raise self.broken(name, f"cannot be dequantised from {kind.name}") from None
         return torch.from_numpy(values.astype(np.float32, copy=False)).view(info.shape)
 
     def broken(self, name: str, why: str) -> ModelError:

@@ -1,4 +1,4 @@
-"""`ModelSpec` from a Hugging Face `config.json`, in its older and its newer (transformers 5) form."""
+"""`ModelSpec` from a Hugging Face `config.json`, of transformers 4 or 5."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -41,9 +41,10 @@ class SafetensorsWeights:
         if kind not in FLOATS:
             raise _broken(path, stored, f"is of type {kind}; supported: {', '.join(FLOATS)}")
         try:
-            return self.files[path].get_tensor(stored)
+            tensor: Tensor = self.files[path].get_tensor(stored)
         except (SafetensorError, RuntimeError) as error:
             raise _broken(path, stored, f"cannot be read: {error}") from None
+        return tensor
 
 
 def _shards(folder: Path) -> list[Path]:

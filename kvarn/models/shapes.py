@@ -8,8 +8,15 @@ from kvarn.models.hf_config import spec_from_config
 
 
 def _config(
-    kind: str, layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, vocab: int,
-    max_len: int, **more: Any,
+    kind: str,
+    layers: int,
+    hidden: int,
+    ffn: int,
+    heads: int,
+    kv_heads: int,
+    vocab: int,
+    max_len: int,
+    **more: Any,
 ) -> dict[str, Any]:
     return {
         "model_type": kind,
@@ -34,7 +41,11 @@ def _llama3(factor: float) -> dict[str, Any]:
     }
 
 
-_LLAMA3: dict[str, Any] = {"rope_theta": 5e5, "rms_norm_eps": 1e-5, "eos_token_id": [128001, 128009]}
+_LLAMA3: dict[str, Any] = {
+    "rope_theta": 5e5,
+    "rms_norm_eps": 1e-5,
+    "eos_token_id": [128001, 128009],
+}
 _LLAMA31 = _LLAMA3 | {"rope_scaling": _llama3(8.0)}
 _LLAMA32 = _LLAMA3 | {"rope_scaling": _llama3(32.0), "head_dim": 64, "tie_word_embeddings": True}
 _QWEN2: dict[str, Any] = {"rope_theta": 1e6, "eos_token_id": [151645, 151643]}
@@ -75,9 +86,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-8b": _config("qwen3", 36, 4096, 12288, 32, 8, 151936, 40960, **_QWEN3),
     "gemma-2-2b": _config("gemma2", 26, 2304, 9216, 8, 4, 256000, 8192),
     "gemma-2-9b": _config("gemma2", 42, 3584, 14336, 16, 8, 256000, 8192),
-    "gemma-3-1b": _config(
-        "gemma3_text", 26, 1152, 6912, 4, 1, 262144, 32768, sliding_window=512
-    ),
+    "gemma-3-1b": _config("gemma3_text", 26, 1152, 6912, 4, 1, 262144, 32768, sliding_window=512),
     "gemma-3-4b": _config("gemma3_text", 34, 2560, 10240, 8, 4, 262208, 131072, **_GEMMA3_LONG),
 }
 

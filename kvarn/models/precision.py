@@ -1,0 +1,95 @@
+"""Which number format and which form of the linear layers pay on a device."""
+
+import time
+
+import torch
+
+from kvarn.core.config import EngineConfig, Resolved
+from kvarn.core.errors import ConfigError
+from kvarn.kernels.linear import Mode, make_linear
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(resolved: Resolved) -> torch.device:
+    """The device of the config; "auto" is the GPU where there is one."""
+    if resolved.config.device == "auto":
+        found = torch.cuda.is_available()
+        why = "a CUDA device is there" if found else "no CUDA device is there"
+        resolved.choose("device", "cuda" if found else "cpu", "device", why)
+    name = resolved.config.device
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device {name!r} is not known; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def choose_dtype(resolved: Resolved, device: torch.device) -> torch.dtype:
+    """The dtype of the config; "auto" is bfloat16 where the hardware multiplies it fast."""
+    if resolved.config.dtype == "auto":
+        if device.type == "cuda":
+            name, source, why = _dtype_of_gpu(device)
+        else:
+            name, source, why = _dtype_of_cpu()
+        resolved.choose("dtype", name, source, why)
+    return DTYPES[resolved.config.dtype]
+
+
+def _dtype_of_gpu(device: torch.device) -> tuple[str, str, str]:
+    if torch.cuda.get_device_capability(device) >= (8, 0):
+        return "bfloat16", "device", "the GPU computes in bfloat16"
+    return "float16", "device", "the GPU is too old for bfloat16"
+
+
+def _dtype_of_cpu() -> tuple[str, str, str]:
+    if torch.cpu._is_avx512_bf16_supported():
+        return "bfloat16", "device", "the CPU has AVX512_BF16"
+    if torch.cpu._is_amx_tile_supported():
+        return "bfloat16", "device", "the CPU has AMX"
+    fp32, bf16 = _seconds(torch.float32), _seconds(torch.bfloat16)
+    name = "bfloat16" if bf16 < fp32 else "float32"
+    why = f"16 x 1024 x 4096 took {bf16 * 1e3:.2f} ms in bf16, {fp32 * 1e3:.2f} ms in fp32"
+    return name, "measured", why
+
+
+def _seconds(dtype: torch.dtype) -> float:
+    """The best time of a linear layer on the CPU."""
+    linear = make_linear(torch.ones(4096, 1024, dtype=dtype), None, _cpu_form(dtype))
+    x = torch.ones(16, 1024, dtype=dtype)
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        linear(x)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def linear_mode(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> Mode:
+    """The form of the linear layers that the options ask for; `ConfigError` where none can be."""
+    if config.quantization == "int8":
+        if device.type != "cpu":
+            raise ConfigError("quantization=int8 runs on the CPU only; leave it out on a GPU")
+        if config.deterministic:
+            raise ConfigError(
+                "quantization=int8 scales activations by what else is in the batch, so it cannot "
+                "run with deterministic=true; leave out one of the two"
+            )
+        return "int8"
+    if config.deterministic:
+        return "invariant"
+    return _cpu_form(dtype) if device.type == "cpu" else "plain"
+
+
+def _cpu_form(dtype: torch.dtype) -> Mode:
+    """Packed by oneDNN where this build and CPU can: always fp32, bf16 with AVX-512 at least."""
+    if not torch._C._has_mkldnn:
+        return "plain"
+    if dtype == torch.float32:
+        return "packed"
+    bf16 = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "packed" if bf16 else "plain"
