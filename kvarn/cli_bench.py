@@ -53,7 +53,9 @@ def _serve(work: dict[str, Any], load: dict[str, Any], json: ToFile = None) -> i
     from kvarn.bench import serve
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("requests", total=None)
 
         def watch(done: int, total: int) -> None:
