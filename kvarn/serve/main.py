@@ -42,7 +42,7 @@ def serve(
     )
     try:
         listener = listen(options.host, options.port)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         print(f"error: {cannot_listen(options, error)}", file=sys.stderr)
         return 1
     with listener:
@@ -64,10 +64,11 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def cannot_listen(options: ServeOptions, error: OSError) -> str:
+def cannot_listen(options: ServeOptions, error: Exception) -> str:
     """What to tell the user when the address cannot be had."""
+    why = getattr(error, "strerror", None) or error
     return (
-        f"cannot listen on {options.host}:{options.port}: {error.strerror}; "
+        f"cannot listen on {options.host}:{options.port}: {why}; "
         "choose another port with --port (0 takes any free one)"
     )
 

@@ -1,12 +1,9 @@
 """Options of the server (those of the engine are in `kvarn.core.config`)."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
-
-def option(default: Any, doc: str, unit: str = "") -> Any:
-    """A field that carries its meaning and unit."""
-    return field(default=default, metadata={"doc": doc, "unit": unit})
+from kvarn.core.config import option
 
 
 @dataclass(slots=True)
@@ -21,5 +18,7 @@ class ServeOptions:
     max_body: int = option(16 << 20, "largest request body", "bytes")
     max_prompts: int = option(1024, "most prompts in one request")
     drain_timeout: float = option(60.0, "time for open requests to finish after SIGTERM", "s")
-    log_level: str = option("info", "debug, info, warning, error")
-    tool_format: str = option("auto", "how the model writes tool calls: auto, json, hermes, llama3")
+    log_level: Literal["debug", "info", "warning", "error"] = option("info", "what is logged")
+    tool_format: Literal["auto", "json", "hermes", "llama3"] = option(
+        "auto", "how the model writes tool calls; auto: as its chat template says"
+    )

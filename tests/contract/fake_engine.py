@@ -114,7 +114,7 @@ class FakeEngine:
         self._check(request)
         if len(self._waiting) + request.sampling.n > self.resolved.config.max_queue:
             raise QueueFull("the queue is full; try again in 1 s", 1.0)
-        text = self.tokenizer.decode(list(request.prompt))
+        text = self.tokenizer.decode(request.prompt)
         said = re.findall(r"say:([^|]*)\|", text)
         script = list(said[-1].encode()) if said else list(REPLY)
         for index in range(request.sampling.n):
@@ -135,7 +135,8 @@ class FakeEngine:
             raise RequestError("temperature must be in [0, 2]", param="temperature")
         if not 1 <= sampling.n <= 128:
             raise RequestError("n must be in [1, 128]", param="n")
-        if sampling.max_tokens is not None and sampling.max_tokens < 1:
+        least = 1 if sampling.prompt_logprobs is None else 0
+        if sampling.max_tokens is not None and sampling.max_tokens < least:
             raise RequestError("max_tokens must be at least 1", param="max_tokens")
 
     def abort(self, request_id: str) -> None:
@@ -189,14 +190,16 @@ class FakeEngine:
 
     def _generate(self, seq: Running, output: Output) -> Output:
         sampling = seq.request.sampling
+        if sampling.prompt_logprobs is not None and not seq.tokens:
+            known = [self._logprob(id, sampling.prompt_logprobs) for id in seq.request.prompt]
+            output.prompt_logprobs = [None, *known[1:]]
+        if sampling.max_tokens == 0:
+            return self._end(seq, output, "length")
         source = [*seq.script, EOS] if seq.ends else cycle(seq.script)
         token = next(islice(source, len(seq.tokens), None))
         seq.tokens.append(token)
         if len(seq.tokens) == 1:
             seq.first = time.monotonic()
-            if sampling.prompt_logprobs is not None:
-                known = [self._logprob(id, sampling.prompt_logprobs) for id in seq.request.prompt]
-                output.prompt_logprobs = [None, *known[1:]]
         self._stats.output_tokens += 1
         output.tokens, output.n_output = [token], len(seq.tokens)
         if sampling.logprobs is not None:
