@@ -27,6 +27,9 @@ from kvarn.core.request import Grammar
 JSON_WHITESPACE = r"[ \t\n\r]{0,64}"
 
 
+#: of a long error message, this much of its start and of its end is shown [characters]
+SHOWN = 300
+
 KIND_NAMES = {"json_schema": "JSON schema", "regex": "regular expression"}
 
 
@@ -121,18 +124,27 @@ class GrammarCompiler:
             matcher = llguidance.LLMatcher(
                 self._vocabulary, _translate(grammar), log_level=0, limits=limits
             )
+            matcher.compute_bitmask()  # some faults show only when the first token is asked for
             if matcher.is_error():
-                raise _malformed(grammar, matcher.get_error())
+                raise _malformed(grammar, _reason(matcher))
             self._ready[grammar] = matcher
             if len(self._ready) > self._size:
                 self._ready.popitem(last=False)
             return matcher
 
 
+def _reason(matcher: Any) -> str:
+    message: str = matcher.get_error()
+    return message.replace("<non-verbose/>", "").strip()
+
+
 def _malformed(grammar: Grammar, why: str) -> RequestError:
     kind = KIND_NAMES.get(grammar.kind, "grammar")
+    why = why.strip()
+    if len(why) > 2 * SHOWN:  # it quotes the source
+        why = f"{why[:SHOWN]} ... {why[-SHOWN:]}"
     return RequestError(
-        f"the {kind} cannot be used: {why.strip()}", param="grammar", code="invalid_grammar"
+        f"the {kind} cannot be used: {why}", param="grammar", code="invalid_grammar"
     )
 
 
@@ -141,6 +153,10 @@ def _translate(grammar: Grammar) -> str:
     from llguidance import LLMatcher
     from llguidance.gbnf_to_lark import any_to_lark
 
+    try:
+        grammar.source.encode()
+    except UnicodeEncodeError:
+        raise _malformed(grammar, "it is not valid Unicode (a lone surrogate?)") from None
     json_options: Any = {"whitespace_pattern": JSON_WHITESPACE}
     if grammar.kind == "json":
         return LLMatcher.grammar_from_json_schema('{"type": "object"}', defaults=json_options)
@@ -212,7 +228,7 @@ class Matcher:
     def _raise_error(self) -> None:
         if self._state.is_error():
             raise RequestError(
-                f"the grammar cannot be followed any further: {self._state.get_error().strip()}",
+                f"the grammar cannot be followed any further: {_reason(self._state)}",
                 param="grammar",
                 code="grammar_failed",
             )
