@@ -98,7 +98,7 @@ class Sampler:
             self._rules[row] = self._make_rules(params, eos_ids, prompt_len)
         self._rows[row] = (
             params.temperature,
-            max(params.top_k, 0),
+            min(max(params.top_k, 0), self._vocab),
             params.top_p,
             params.min_p,
             sequence_key(seed, key),

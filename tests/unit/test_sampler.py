@@ -118,6 +118,11 @@ def test_tiny_temperatures_are_greedy(temperature: float) -> None:
     assert found.tokens == noise(50).argmax(-1).tolist()
 
 
+def test_a_top_k_beyond_the_vocabulary_keeps_everything() -> None:
+    plain, wide = (make(SamplingParams(seed=3, top_k=k)) for k in (0, 2**63))
+    assert sample(plain, noise(40), [1, 1, 1]).tokens == sample(wide, noise(40), [1, 1, 1]).tokens
+
+
 def test_raw_logprobs_are_of_the_models_logits() -> None:
     params = SamplingParams(temperature=0, logprobs=3, logit_bias={5: 100.0}, top_k=1)
     logits = noise(1)
