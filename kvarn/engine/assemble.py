@@ -11,8 +11,8 @@ from kvarn.core.errors import ConfigError
 from kvarn.core.model import GroupSpec, ModelSpec
 from kvarn.core.part import Cap, Part, find, solve
 from kvarn.core.validate import Limits
+from kvarn.kernels import native
 from kvarn.kv.manager import KVManager
-from kvarn.runner.pool import KVPool
 from kvarn.kv.prefix import PrefixIndex
 from kvarn.kv.sizing import bytes_of, pages_by_group, pages_for_bytes
 from kvarn.models.fit import GIB, free_memory
@@ -20,6 +20,7 @@ from kvarn.models.load import Model, load
 from kvarn.runner.executor import Runner
 from kvarn.runner.grammar import GrammarCompiler
 from kvarn.runner.memory import Ledger, workspace_bytes
+from kvarn.runner.pool import KVPool
 from kvarn.runner.sampler import Sampler
 from kvarn.schedule.control import Capacity, ControlPlane
 
@@ -68,16 +69,19 @@ class Assembly:
 def assemble(resolved: Resolved) -> Assembly:
     """Build every part of an engine; errors come before anything large is allocated."""
     config = resolved.config
+    began = time.perf_counter()
     parts = _choose_parts(resolved)
+    compiled = time.perf_counter() - began
     capabilities = solve(
         list(parts.values()), base={Cap.PAGED_KV, Cap.TABLE_GROUPS, Cap.WINDOW_HOLES}
     )
     model = load(resolved)
     spec, device = model.spec, model.device
-    seconds = dict(model.seconds)
+    seconds = {"kernels": compiled, **model.seconds}
     began = time.perf_counter()
     groups = spec.groups()
     _choose_step(resolved, device)
+    _choose_threads(resolved)
     pages, ledger = _choose_pages(resolved, model, groups)
     backend = parts["attention"]()
     pool = KVPool(backend, groups, pages, config.page_size, model.dtype, device)
@@ -120,9 +124,7 @@ def _choose_parts(resolved: Resolved) -> dict[str, Any]:
     """The class of every part by kind; an unknown name is an error here, before any loading."""
     config = resolved.config
     if config.attention == "auto":
-        name = "invariant" if config.deterministic else "cpu"
-        why = "the same bits in any batch" if config.deterministic else "the fast form on the CPU"
-        resolved.choose("attention", name, "derived", why)
+        resolved.choose("attention", *_best_attention(config.deterministic))
     parts = {
         "scheduler": find("scheduler", config.scheduler),
         "attention": find("attention", config.attention),
@@ -136,6 +138,15 @@ def _choose_parts(resolved: Resolved) -> dict[str, Any]:
             f"give; attention 'invariant' does"
         )
     return parts
+
+
+def _best_attention(deterministic: bool) -> tuple[str, str, str]:
+    """Name, source and reason of the attention backend, where the user left it to us."""
+    if deterministic:
+        return "invariant", "derived", "the same bits in any batch"
+    if native.available():
+        return "native", "device", f"reads pages in place ({native.reason()})"
+    return "cpu", "device", f"plain torch: {native.reason()}"
 
 
 def _prefix_index(
@@ -159,6 +170,14 @@ def _choose_step(resolved: Resolved, device: torch.device) -> None:
         on = device.type == "cuda"
         why = "planning hides behind the device" if on else "planning and computing share the cores"
         resolved.choose("overlap", "on" if on else "off", "device", why)
+
+
+def _choose_threads(resolved: Resolved) -> None:
+    """CPU threads are torch's, and so of the whole process: engines in one process share them."""
+    if resolved.config.threads:
+        torch.set_num_threads(resolved.config.threads)
+    else:
+        resolved.choose("threads", torch.get_num_threads(), "device", "the cores that torch sees")
 
 
 def _choose_pages(
