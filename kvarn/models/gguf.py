@@ -34,6 +34,7 @@ LAYER_NAMES = {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
+LARGEST = 1 << 30  #: no number of a model reaches this
 TOP_NAMES = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
 
 #: control tokens that end a turn of a chat, whatever the metadata's one end token is
@@ -66,9 +67,9 @@ def spec_from_gguf(file: GGUFFile, name: str) -> ModelSpec:
         head_dim=head_dim,
         vocab=_shape(file, "token_embd.weight")[0],
         max_len=get("context_length"),
-        norm_eps=round(get("attention.layer_norm_rms_epsilon"), 12),
-        rope_theta=get("rope.freq_base", 1e6 if family == "gemma3" else 1e4),
-        rope_local_theta=get("rope.freq_base_swa", 1e4) if family == "gemma3" else None,
+        norm_eps=round(get("attention.layer_norm_rms_epsilon", kind=float), 12),
+        rope_theta=get("rope.freq_base", 1e6 if family == "gemma3" else 1e4, float),
+        rope_local_theta=get("rope.freq_base_swa", 1e4, float) if family == "gemma3" else None,
         rope_scaling=_rope_scaling(file, get, head_dim),
         windows=_windows(family, n_layers, get("attention.sliding_window", 0)),
         activation="gelu_tanh" if gemma else "silu",
@@ -80,8 +81,8 @@ def spec_from_gguf(file: GGUFFile, name: str) -> ModelSpec:
         sandwich_norms=gemma,
         embed_scale=hidden**0.5 if gemma else 1.0,
         attn_scale=_attn_scale(family, n_layers, hidden, n_heads),
-        attn_softcap=get("attn_logit_softcapping", 50.0) if family == "gemma2" else None,
-        logit_softcap=get("final_logit_softcapping", 30.0) if family == "gemma2" else None,
+        attn_softcap=get("attn_logit_softcapping", 50.0, float) if family == "gemma2" else None,
+        logit_softcap=get("final_logit_softcapping", 30.0, float) if family == "gemma2" else None,
         tie_embeddings="output.weight" not in file.tensors,
         eos_ids=_eos_ids(meta),
         bos_id=meta.get("tokenizer.ggml.bos_token_id"),
@@ -89,22 +90,29 @@ def spec_from_gguf(file: GGUFFile, name: str) -> ModelSpec:
 
 
 class _Getter:
-    """Metadata of one architecture: `get("block_count")` reads "llama.block_count"."""
+    """Metadata of one architecture: `get("block_count")` reads "llama.block_count".
+
+    The value must be a positive number; `kind` float allows more than integers.
+    """
 
     def __init__(self, file: GGUFFile, arch: str) -> None:
         self.file, self.arch = file, arch
 
-    def __call__(self, key: str, default: Any = None) -> Any:
-        value = self.file.metadata.get(f"{self.arch}.{key}", default)
+    def __call__(self, key: str, default: Any = None, kind: type = int) -> Any:
+        name = f"{self.arch}.{key}"
+        value = self.file.metadata.get(name, default)
         if value is None:
-            raise ModelError(f"{self.file.path}: metadata has no {self.arch}.{key}")
+            raise ModelError(f"{self.file.path}: metadata has no {name}")
         if isinstance(value, list):
-            if len(set(value)) != 1:
+            if len(set(map(str, value))) != 1:
                 raise ModelError(
-                    f"{self.file.path}: {self.arch}.{key} differs from layer to layer, "
-                    f"which is not supported"
+                    f"{self.file.path}: {name} differs from layer to layer, which is not supported"
                 )
-            return value[0]
+            value = value[0]
+        kinds = (int, float) if kind is float else (int,)
+        number = isinstance(value, kinds) and not isinstance(value, bool)
+        if value != default and not (number and 0 < value < LARGEST):
+            raise ModelError(f"{self.file.path}: {name} cannot be {value!r}")
         return value
 
 
@@ -131,16 +139,16 @@ def _attn_scale(family: str, n_layers: int, hidden: int, n_heads: int) -> float 
 
 
 def _rope_scaling(file: GGUFFile, get: _Getter, head_dim: int) -> RopeScaling | None:
-    kind = get("rope.scaling.type", "none")
+    kind = file.metadata.get(f"{get.arch}.rope.scaling.type", "none")
     if kind == "linear":
-        return RopeScaling("linear", get("rope.scaling.factor"))
+        return RopeScaling("linear", get("rope.scaling.factor", kind=float))
     if kind != "none":
         raise ModelError(
             f"{file.path}: rope scaling {kind!r} is not supported; supported: linear, llama3"
         )
     if "rope_freqs.weight" not in file.tensors:
         return None
-    return _llama3_scaling(file, get("rope.freq_base", 1e4), head_dim)
+    return _llama3_scaling(file, get("rope.freq_base", 1e4, float), head_dim)
 
 
 def _llama3_scaling(file: GGUFFile, theta: float, head_dim: int) -> RopeScaling:
@@ -158,7 +166,7 @@ def _llama3_scaling(file: GGUFFile, theta: float, head_dim: int) -> RopeScaling:
 def _eos_ids(meta: dict[str, Any]) -> tuple[int, ...]:
     """The end tokens that the metadata names, and those that end a turn of its chat template."""
     ids = [meta.get(f"tokenizer.ggml.{k}_token_id") for k in ("eos", "eot", "eom")]
-    template = meta.get("tokenizer.chat_template", "")
+    template = str(meta.get("tokenizer.chat_template", ""))
     wanted = {token for token in TURN_ENDS if token in template}
     if wanted:
         tokens = meta.get("tokenizer.ggml.tokens", [])

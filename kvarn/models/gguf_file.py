@@ -58,6 +58,8 @@ class GGUFFile:
             self.metadata[key] = cursor.value(cursor.scalar("I"))
         infos = [cursor.tensor(i) for i in range(n_tensors)]
         align = self.metadata.get("general.alignment", 32)
+        if not isinstance(align, int) or align < 1:
+            raise ModelError(f"{path} is corrupt: general.alignment is {align!r}")
         self.header_bytes = cursor.at
         base = -(-cursor.at // align) * align
         self.tensors = {t.name: TensorInfo(t.name, t.shape, t.kind, base + t.start) for t in infos}
@@ -126,6 +128,8 @@ class _Cursor:
         if kind != ARRAY:
             raise ModelError(f"{self.path} is corrupt: unknown value type {kind} in {self.where}")
         inner, n = self.scalar("I"), self.scalar("Q")
+        if inner == ARRAY:
+            raise ModelError(f"{self.path}: arrays in arrays are not supported ({self.where})")
         if inner in SCALARS:
             width = struct.calcsize(f"<{SCALARS[inner]}")
             return list(struct.unpack(f"<{n}{SCALARS[inner]}", self.take(n * width)))
