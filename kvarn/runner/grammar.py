@@ -11,7 +11,7 @@ text. The work is done by the llguidance library, imported when the first gramma
 
 import json
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from threading import Lock
 from typing import Any, Protocol
@@ -30,6 +30,9 @@ JSON_WHITESPACE = r"[ \t\n\r]{0,64}"
 #: of a long error message, this much of its start and of its end is shown [characters]
 SHOWN = 300
 
+#: from text to token ids, with no special tokens added
+Encode = Callable[[str], Sequence[int]]
+
 KIND_NAMES = {"json_schema": "JSON schema", "regex": "regular expression"}
 
 
@@ -44,20 +47,46 @@ class Tokenizer(Protocol):
 
     def token_bytes(self, token: int) -> bytes: ...
 
+    def encode(self, text: str, add_special: bool = True) -> list[int]: ...
+
 
 class _Words:
     """The vocabulary in the shape that llguidance reads."""
 
-    def __init__(self, tokens: Sequence[bytes], special_ids: Collection[int], eos_id: int) -> None:
+    def __init__(
+        self, tokens: Sequence[bytes], special_ids: Collection[int], eos_id: int, encode: Encode
+    ) -> None:
         self.tokens = list(tokens)
         self.special_token_ids = sorted(special_ids)
         self.eos_token_id = eos_id
         self.bos_token_id = None
-        self._by_bytes = {word: i for i, word in enumerate(self.tokens) if len(word) == 1}
+        self._encode = encode
+        special = set(special_ids)
+        self._ids = {word: i for i, word in enumerate(tokens) if word and i not in special}
+        self._longest = max(map(len, self._ids))
 
     def __call__(self, text: bytes) -> list[int]:
-        """Byte by byte: only used for forced text, which is not asked for here."""
-        return [self._by_bytes[bytes([b])] for b in text if bytes([b]) in self._by_bytes]
+        """Tokens of text that the grammar leaves no choice about.
+
+        The model's own way to write it, unless the tokenizer adds to the text (SentencePiece puts
+        a space before it).
+        """
+        ids = list(self._encode(text.decode(errors="replace")))
+        if b"".join(self.tokens[i] for i in ids) == text:
+            return ids
+        return self._longest_first(text)
+
+    def _longest_first(self, text: bytes) -> list[int]:
+        ids: list[int] = []
+        at = 0
+        while at < len(text):
+            ends = range(min(at + self._longest, len(text)), at, -1)
+            end = next((end for end in ends if text[at:end] in self._ids), None)
+            if end is None:
+                break  # no token begins with this byte: the rest cannot be written
+            ids.append(self._ids[text[at:end]])
+            at = end
+        return ids
 
 
 class GrammarCompiler:
@@ -69,9 +98,12 @@ class GrammarCompiler:
         special_ids: Collection[int],
         eos_ids: Collection[int],
         vocab: int,
+        encode: Encode,
         size: int = 64,
     ) -> None:
-        """`tokens[i]` are the bytes of token i, `vocab` the width of the logits."""
+        """`tokens[i]` are the bytes of token i, `vocab` the width of the logits, `size` how many
+        grammars stay compiled.
+        """
         if not eos_ids:
             raise RequestError(
                 "structured output needs an end-of-sequence token, and this model has none",
@@ -81,6 +113,7 @@ class GrammarCompiler:
         self.vocab = vocab
         self.eos_ids = sorted(eos_ids)
         self._tokens = tokens
+        self._encode = encode
         self._special_ids = set(special_ids) | set(eos_ids)
         self._size = size
         self._ready: OrderedDict[Grammar, Any] = OrderedDict()
@@ -92,7 +125,7 @@ class GrammarCompiler:
         tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
         added = tokenizer.backend.get_added_tokens_decoder()
         special = [i for i, token in added.items() if token.special]
-        return cls(tokens, special, eos_ids, vocab)
+        return cls(tokens, special, eos_ids, vocab, lambda text: tokenizer.encode(text, False))
 
     def check(self, grammar: Grammar) -> str | None:
         """What is wrong with a grammar, or None. A sound one is ready when its request starts."""
@@ -110,7 +143,7 @@ class GrammarCompiler:
     def _vocabulary(self) -> Any:
         import llguidance
 
-        words = _Words(self._tokens, self._special_ids, self.eos_ids[0])
+        words = _Words(self._tokens, self._special_ids, self.eos_ids[0], self._encode)
         return llguidance.LLTokenizer(llguidance.TokenizerWrapper(words), eos_token=self.eos_ids)
 
     def _compiled(self, grammar: Grammar) -> Any:

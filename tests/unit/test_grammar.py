@@ -38,7 +38,13 @@ BY_SCHEMA = Grammar("json_schema", json.dumps(SCHEMA))
 
 @pytest.fixture(scope="module")
 def compiler() -> GrammarCompiler:
-    return GrammarCompiler(TOKENS, {SPECIAL}, {EOS, OTHER_EOS}, VOCAB)
+    return GrammarCompiler(TOKENS, {SPECIAL}, {EOS, OTHER_EOS}, VOCAB, encode)
+
+
+def encode(text: str) -> list[int]:
+    """Two merges, as a tokenizer would make them; else byte by byte."""
+    pieces = re.findall(b"abc|12|[\\x00-\\xff]", text.encode())
+    return [TOKENS.index(piece) for piece in pieces]
 
 
 def ids(text: str) -> np.ndarray:
@@ -162,7 +168,8 @@ def test_positions_of_one_row_in_one_call(compiler: GrammarCompiler) -> None:
         found = sampler.sample(
             torch.zeros(6, VOCAB), np.zeros(6, np.int64), np.arange(1, 7), history
         )
-        assert found.tokens[:4] == [*b"abca"]
+        abc = TOKENS.index(b"abc")
+        assert found.tokens[:4] == [abc, ord("b"), ord("c"), abc]
         assert sorted(found.errors) == [4, 5]  # behind the draft "x", which position 3 refuses
 
 
@@ -221,7 +228,7 @@ def test_sound_grammars_pass_the_check_and_are_compiled_once(compiler: GrammarCo
 
 
 def test_the_cache_keeps_the_most_recently_used() -> None:
-    small = GrammarCompiler(TOKENS, {SPECIAL}, {EOS}, VOCAB, size=2)
+    small = GrammarCompiler(TOKENS, {SPECIAL}, {EOS}, VOCAB, encode, size=2)
     a, b, c = (Grammar("regex", x) for x in "abc")
     first = small._compiled(a)
     small.check(b)
@@ -239,7 +246,22 @@ def test_matchers_of_one_grammar_are_independent(compiler: GrammarCompiler) -> N
 
 def test_no_end_of_sequence_token_no_grammars() -> None:
     with pytest.raises(RequestError, match="end-of-sequence"):
-        GrammarCompiler(TOKENS, {SPECIAL}, (), VOCAB)
+        GrammarCompiler(TOKENS, {SPECIAL}, (), VOCAB, encode)
+
+
+def test_forced_text_is_written_as_the_tokenizer_writes_it(compiler: GrammarCompiler) -> None:
+    matcher = compiler.matcher(Grammar("regex", "abc12x"))
+    assert allowed(matcher, ids("")) == {TOKENS.index(b"abc")}
+    assert allowed(matcher, ids("abc")) == {TOKENS.index(b"12")}
+    assert allowed(matcher, ids("a")) == {ord("b")}  # however the beginning was written
+
+
+def test_a_tokenizer_that_adds_a_space_falls_back_to_the_longest_tokens() -> None:
+    spaced = GrammarCompiler(
+        TOKENS, {SPECIAL}, {EOS}, VOCAB, lambda text: [ord(" "), *text.encode()]
+    )
+    matcher = spaced.matcher(Grammar("regex", "abc12x"))
+    assert allowed(matcher, ids("")) == {TOKENS.index(b"abc")}
 
 
 def test_white_space_in_json_is_bounded(compiler: GrammarCompiler) -> None:
