@@ -88,7 +88,7 @@ def _packed_heads(x: Tensor) -> Tensor:
 
 
 class NativeAttention(Part):
-    """One compiled call a layer; cache [pages, 2, Hkv, page, d], one tensor a layer."""
+    """One compiled call a layer; cache [pages, Hkv, 2, page, d], one tensor a layer."""
 
     name: ClassVar[str] = "native"
     kind: ClassVar[str] = "attention"
@@ -121,7 +121,7 @@ class NativeAttention(Part):
             )
         if kind == torch.bfloat16 and head_dim % 2:
             raise ConfigError(f"attention 'native' takes an even head_dim in bf16, not {head_dim}")
-        shape = (n_pages, 2, n_kv_heads, page_size, head_dim)
+        shape = (n_pages, n_kv_heads, 2, page_size, head_dim)
         return [torch.zeros(shape, dtype=kind) for _ in range(n_layers)]
 
     def plan(self, rows: PagedRows, lse: bool = False) -> NativePlan:

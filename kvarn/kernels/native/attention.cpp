@@ -15,8 +15,9 @@ namespace kvarn {
 
 constexpr int TILE = 64;  // positions of KV a step
 constexpr int STEP = 6;   // rows multiplied at a time: 24 accumulators of 16 columns
+constexpr int64_t SERIAL = 100000;  // products below which a second thread costs more than it brings
 
-// The step as `PagedRows` has it, and the shapes. Cache of a layer: [pages, 2, kv heads, page_size, dim].
+// The step as `PagedRows` has it, and the shapes. Cache of a layer: [pages, kv heads, 2, page_size, dim].
 struct Step {
     int64_t spans, rows, heads, kv_heads, dim, page_size;
     const int64_t *indptr, *start, *page_indptr, *pages, *base, *slots;
@@ -42,7 +43,7 @@ Buffer<V> buffer(int64_t n) {
 template <class T>
 struct Scratch {
     int64_t words, wide;  // of a row: words of 32 bits, and dim rounded up to 64
-    Buffer<uint32_t> q, keys, weights, values;
+    Buffer<uint32_t> q, keys, weights, values, zero;
     Buffer<float> scores, o, peak, total;
 
     Scratch(int64_t rows, int64_t dim)
@@ -52,21 +53,24 @@ struct Scratch {
           keys(buffer<uint32_t>((words + 15) / 16 * 16 * TILE)),
           weights(buffer<uint32_t>(rows * TILE)),
           values(buffer<uint32_t>(TILE * wide)),
+          zero(buffer<uint32_t>(wide)),
           scores(buffer<float>(rows * TILE)),
           o(buffer<float>(rows * wide)),
           peak(buffer<float>(rows)),
-          total(buffer<float>(rows)) {}
+          total(buffer<float>(rows)) {
+        std::memset(zero.get(), 0, wide * 4);
+        std::memset(values.get(), 0, TILE * wide * 4);  // columns from dim on stay zero
+    }
 };
 
-// to[p][j] = from[j][p] for 16 rows of words; null rows give zeros.
+// to[p][j] = from[j][p] for 16 rows of words.
 inline void transpose(const uint32_t* const* from, int64_t words, uint32_t* to) {
     for (int64_t first = 0; first < words; first += 16) {
         const int64_t n = std::min<int64_t>(16, words - first);
 #if defined(__AVX512F__)
         __m512i r[16], t[16];
         const __mmask16 some = (__mmask16)((1u << n) - 1);
-        for (int i = 0; i < 16; i++)
-            r[i] = from[i] ? _mm512_maskz_loadu_epi32(some, from[i] + first) : _mm512_setzero_si512();
+        for (int i = 0; i < 16; i++) r[i] = _mm512_maskz_loadu_epi32(some, from[i] + first);
         for (int i = 0; i < 8; i++) {
             t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
             t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
@@ -88,32 +92,38 @@ inline void transpose(const uint32_t* const* from, int64_t words, uint32_t* to) 
             r[4 + c] = _mm512_shuffle_i32x4(t[4 + c], t[12 + c], 0x88);
             r[12 + c] = _mm512_shuffle_i32x4(t[4 + c], t[12 + c], 0xdd);
         }
-        for (int64_t p = 0; p < n; p++) _mm512_storeu_si512(to + (first + p) * TILE, r[p]);
+#pragma GCC unroll 16
+        for (int p = 0; p < 16; p++)
+            if (p < n) _mm512_storeu_si512(to + (first + p) * TILE, r[p]);
 #else
         for (int64_t p = 0; p < n; p++)
-            for (int i = 0; i < 16; i++) to[(first + p) * TILE + i] = from[i] ? from[i][first + p] : 0;
+            for (int i = 0; i < 16; i++) to[(first + p) * TILE + i] = from[i][first + p];
 #endif
     }
 }
 
 // Values as `multiply` wants them: fp32 rows as they are, bf16 rows two and two, interleaved.
-inline void lay_values(const float* const* from, int64_t dim, int64_t wide, uint32_t* to) {
-    for (int j = 0; j < TILE; j++) {
-        if (from[j]) std::memcpy(to + j * wide, from[j], dim * 4);
-        else std::memset(to + j * wide, 0, dim * 4);
-    }
+inline void lay_values(const float* const* from, int64_t n, int64_t dim, int64_t wide, uint32_t* to) {
+    for (int64_t j = 0; j < n; j++) std::memcpy(to + j * wide, from[j], dim * 4);
 }
 
-inline void lay_values(const bf16* const* from, int64_t dim, int64_t wide, uint32_t* to) {
-    for (int j = 0; j < TILE; j += 2)
-        for (int64_t i = 0; i < dim; i += 16) {
-            const int n = (int)std::min<int64_t>(16, dim - i);
+inline void interleave(Halves low, Halves high, uint32_t* to) {
+    store(to, __builtin_convertvector(low, Words) | (__builtin_convertvector(high, Words) << 16));
+}
+
+inline void lay_values(const bf16* const* from, int64_t n, int64_t dim, int64_t wide, uint32_t* to) {
+    for (int64_t j = 0; j < n; j += 2) {
+        uint32_t* row = to + j / 2 * wide;
+        int64_t i = 0;
+        for (; i + 16 <= dim; i += 16)
+            interleave(load<Halves>(from[j] + i), load<Halves>(from[j + 1] + i), row + i);
+        if (i < dim) {
             Halves low = {}, high = {};
-            if (from[j]) std::memcpy(&low, from[j] + i, n * 2);
-            if (from[j + 1]) std::memcpy(&high, from[j + 1] + i, n * 2);
-            store(to + j / 2 * wide + i,
-                  __builtin_convertvector(low, Words) | (__builtin_convertvector(high, Words) << 16));
+            std::memcpy(&low, from[j] + i, (dim - i) * 2);
+            std::memcpy(&high, from[j + 1] + i, (dim - i) * 2);
+            interleave(low, high, row + i);
         }
+    }
 }
 
 inline void put_weights(float* to, Floats p) { store(to, p); }
@@ -205,30 +215,44 @@ void weigh(const Scratch<T>& s, int64_t row, int64_t n, int64_t k) {
     }
 }
 
-// Keys and values of positions [first, first + TILE) that lie in [low, high), laid out; the rest is zero.
+inline void prefetch(const void* from, int64_t bytes) {
+    for (int64_t i = 0; i < std::min<int64_t>(bytes, 1 << 14); i += 64)
+        __builtin_prefetch((const char*)from + i, 0, 2);
+}
+
+// Keys and values of positions [first, first + TILE) that lie in [low, high), laid out; zero elsewhere.
+// Values behind `high` are left out: returns the number of words of `weights` that have values.
 template <class T>
-void gather(const Step& step, const T* cache, int64_t span, int64_t head, int64_t first, int64_t low,
-            int64_t high, const Scratch<T>& s) {
+int64_t gather(const Step& step, const T* cache, int64_t span, int64_t head, int64_t first,
+               int64_t low, int64_t high, const Scratch<T>& s) {
     const int64_t* pages = step.pages + step.page_indptr[span];
     const int64_t plane = step.page_size * step.dim;
-    const uint32_t* keys[TILE];
+    const T* keys[TILE];
     const T* values[TILE];
-    for (int64_t j = 0; j < TILE; j++) {
-        keys[j] = nullptr;
-        values[j] = nullptr;
-    }
-    for (int64_t at = std::max(first, low); at < std::min(first + TILE, high);) {
-        const int64_t offset = at - step.base[span];
-        const int64_t page = pages[offset / step.page_size], inside = offset % step.page_size;
-        const int64_t n = std::min({step.page_size - inside, first + TILE - at, high - at});
-        const T* k = cache + (page * 2 * step.kv_heads + head) * plane + inside * step.dim;
+    const T* zero = (const T*)s.zero.get();
+    for (int64_t j = 0; j < TILE; j++) keys[j] = values[j] = zero;
+    const int64_t begin = std::max(first, low), end = std::min(first + TILE, high);
+    int64_t offset = begin - step.base[span];
+    const int64_t* page = pages + offset / step.page_size;
+    offset %= step.page_size;
+    for (int64_t at = begin; at < end; page++, offset = 0) {
+        const int64_t n = std::min(step.page_size - offset, end - at);
+        const T* k = cache + (*page * step.kv_heads + head) * 2 * plane + offset * step.dim;
+        const T* v = k + plane;
         for (int64_t i = 0; i < n; i++, at++) {
-            keys[at - first] = (const uint32_t*)(k + i * step.dim);
-            values[at - first] = k + step.kv_heads * plane + i * step.dim;
+            keys[at - first] = k + i * step.dim;
+            values[at - first] = v + i * step.dim;
         }
     }
-    for (int j = 0; j < TILE; j += 16) transpose(keys + j, s.words, s.keys.get() + j);
-    lay_values(values, step.dim, s.wide, s.values.get());
+    const int64_t next = std::min(first + 2 * TILE, high) - end;  // positions of the tile after this
+    const int64_t* last = step.pages + step.page_indptr[span + 1];
+    for (int64_t i = 0; i * step.page_size < next && page < last; i++, page++)
+        prefetch(cache + (*page * step.kv_heads + head) * 2 * plane, 2 * plane * sizeof(T));
+    for (int64_t j = 0; j < TILE; j += 16) transpose((const uint32_t**)keys + j, s.words, s.keys.get() + j);
+    constexpr int64_t per_word = Lane<T>::per_word;
+    const int64_t used = (end - first + per_word - 1) / per_word;
+    lay_values(values, used * per_word, step.dim, s.wide, s.values.get());
+    return used;
 }
 
 // Rows [row, row + n) of a span against one KV head: q [T, heads, dim] with row stride, o [T, heads, dim].
@@ -248,7 +272,7 @@ void attend(const Step& step, const T* cache, const T* q, int64_t q_stride, T* o
     const int64_t high = position + n;
     T* weights = (T*)s.weights.get();
     for (int64_t first = low / TILE * TILE; first < high; first += TILE) {
-        gather(step, cache, span, head, first, low, high, s);
+        const int64_t used = gather(step, cache, span, head, first, low, high, s);
         // rows that see something of this tile: from `skip` on, and with a window not past `end`
         const int64_t skip = std::max<int64_t>(0, first - position) * group;
         const int64_t past = first + TILE - 1 + step.window - position;
@@ -262,7 +286,7 @@ void attend(const Step& step, const T* cache, const T* q, int64_t q_stride, T* o
                 soften(step, s.scores.get() + i * TILE, from, at + 1, weights + i * TILE,
                        s.o.get() + i * s.wide, s.wide, s.peak[i], s.total[i]);
             }
-            weigh(s, r, some, TILE / Lane<T>::per_word);
+            weigh(s, r, some, used);
         }
     }
     for (int64_t r = 0; r < folded; r++) {
@@ -284,9 +308,9 @@ void append(const Step& step, T* cache, const T* k, const T* v, int64_t k_stride
     const int64_t page = step.slots[row] / step.page_size, inside = step.slots[row] % step.page_size;
     const int64_t plane = step.page_size * step.dim;
     for (int64_t head = 0; head < step.kv_heads; head++) {
-        T* to = cache + (page * 2 * step.kv_heads + head) * plane + inside * step.dim;
+        T* to = cache + (page * step.kv_heads + head) * 2 * plane + inside * step.dim;
         std::memcpy(to, k + row * k_stride + head * step.dim, step.dim * sizeof(T));
-        std::memcpy(to + step.kv_heads * plane, v + row * v_stride + head * step.dim,
+        std::memcpy(to + plane, v + row * v_stride + head * step.dim,
                     step.dim * sizeof(T));
     }
 }
@@ -296,9 +320,14 @@ template <class T>
 void run(const Step& step, T* cache, const T* q, const T* k, const T* v, int64_t q_stride,
          int64_t k_stride, int64_t v_stride, T* o, float* lse) {
     const int64_t group = step.heads / step.kv_heads;
-    int64_t tallest = 1;
-    for (int64_t i = 0; i < step.items; i++) tallest = std::max(tallest, step.work[i * 3 + 2]);
-#pragma omp parallel
+    int64_t tallest = 1, cost = 0;
+    for (int64_t i = 0; i < step.items; i++) {
+        const int64_t* item = step.work + i * 3;
+        tallest = std::max(tallest, item[2]);
+        cost += (step.start[item[0]] + item[1] - step.indptr[item[0]] + item[2]) * item[2];
+    }
+    const bool wide = cost * step.heads * step.dim > SERIAL;
+#pragma omp parallel if (wide)
     {
 #pragma omp for
         for (int64_t row = 0; row < step.rows; row++)

@@ -46,23 +46,32 @@ inline Floats select(Ints mask, Floats yes, Floats no) {
     return (Floats)(((Ints)yes & mask) | ((Ints)no & ~mask));
 }
 
-inline Floats larger(Floats a, Floats b) { return select(a > b, a, b); }
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
-// Sums and maxima run in a fixed tree, so they do not depend on the compiler's choice.
+// Lanes moved by 8, 4, 2 and 1: sums and maxima run in this fixed tree, whatever the compiler.
+template <int N>
+inline Floats turned(Floats v);
+#define KVARN_TURN(n, ...) \
+    template <>            \
+    inline Floats turned<n>(Floats v) { return __builtin_shufflevector(v, v, __VA_ARGS__); }
+KVARN_TURN(8, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)
+KVARN_TURN(4, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)
+KVARN_TURN(2, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
+KVARN_TURN(1, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)
+#undef KVARN_TURN
+
 inline float sum(Floats v) {
-    float x[16];
-    store(x, v);
-    for (int width = 8; width; width /= 2)
-        for (int i = 0; i < width; i++) x[i] += x[i + width];
-    return x[0];
+    v = v + turned<8>(v);
+    v = v + turned<4>(v);
+    v = v + turned<2>(v);
+    return (v + turned<1>(v))[0];
 }
 
 inline float largest(Floats v) {
-    float x[16];
-    store(x, v);
-    for (int width = 8; width; width /= 2)
-        for (int i = 0; i < width; i++) x[i] = x[i] > x[i + width] ? x[i] : x[i + width];
-    return x[0];
+    v = larger(v, turned<8>(v));
+    v = larger(v, turned<4>(v));
+    v = larger(v, turned<2>(v));
+    return larger(v, turned<1>(v))[0];
 }
 
 inline Floats widen(Halves h) {
