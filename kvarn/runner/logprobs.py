@@ -2,9 +2,7 @@
 
 import math
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kvarn.core.plan import TokenLogprobs
@@ -15,7 +13,7 @@ CHUNK = 64
 SLACK = 8
 
 
-def logprobs(logits: Tensor, tokens: NDArray[np.int64], k: int) -> list[TokenLogprobs]:
+def logprobs(logits: Tensor, tokens: list[int], k: int) -> list[TokenLogprobs]:
     """Of `tokens` [R] under the softmax of `logits` [R, V], with the `k` most likely tokens.
 
     Rank 1 is the most likely; equal tokens share a rank. Impossible tokens (logit -inf) are never
@@ -27,12 +25,12 @@ def logprobs(logits: Tensor, tokens: NDArray[np.int64], k: int) -> list[TokenLog
     return found
 
 
-def _chunk(logits: Tensor, tokens: NDArray[np.int64], k: int) -> list[TokenLogprobs]:
+def _chunk(logits: Tensor, tokens: list[int], k: int) -> list[TokenLogprobs]:
     scores = logits.float().log_softmax(-1)
-    chosen = scores.gather(1, torch.from_numpy(tokens).to(scores.device)[:, None])
+    chosen = scores.gather(1, torch.tensor(tokens, device=scores.device)[:, None])
     ranks = ((scores > chosen).sum(-1) + 1).tolist()
     own = chosen[:, 0].tolist()
-    found = [TokenLogprobs(t, p, r) for t, p, r in zip(tokens.tolist(), own, ranks)]
+    found = [TokenLogprobs(t, p, r) for t, p, r in zip(tokens, own, ranks)]
     if k == 0:
         return found
     best = scores.topk(min(k + SLACK, scores.shape[1]), dim=-1)

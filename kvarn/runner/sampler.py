@@ -162,11 +162,6 @@ class Sampler:
             _report(untouched, raw, chosen, state, result)
         return result
 
-    @torch.inference_mode()
-    def logprobs(self, logits: Tensor, tokens: Ints, k: int) -> list[TokenLogprobs]:
-        """Of given tokens [R] under raw `logits` [R, V], with `k` alternatives each."""
-        return logprobs(logits, tokens, k)
-
     def _index(self, numbers: Ints) -> Tensor:
         return torch.from_numpy(numbers).to(self._device)
 
@@ -239,6 +234,6 @@ def _report(
 ) -> None:
     """Logprobs of the chosen tokens; row i of `scores` belongs to row at[i] of the logits."""
     most = int(state["logprobs"][at].max())
-    for r, found in zip(at.tolist(), logprobs(scores, chosen[at], most)):
+    for r, found in zip(at.tolist(), logprobs(scores, chosen[at].tolist(), most)):
         found.top = found.top[: int(state["logprobs"][r])]
         result.logprobs[r] = found

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvarn.core.request import Grammar, SamplingParams
+from kvarn.runner.logprobs import logprobs
 from kvarn.runner.sampler import Sampled, Sampler
 
 VOCAB = 640
@@ -156,13 +157,13 @@ def test_each_row_gets_the_number_of_alternatives_it_asked_for() -> None:
 def test_equal_alternatives_come_lowest_id_first() -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, [40, 20, 30]] = 5.0
-    found = make().logprobs(logits, np.array([30]), 2)[0]
+    found = logprobs(logits, [30], 2)[0]
     assert (found.rank, [t for t, _ in found.top]) == (1, [20, 30])
 
 
 def test_prompt_logprobs_of_many_positions() -> None:
     logits, tokens = noise(150), np.random.default_rng(0).integers(0, VOCAB, 150)
-    found = make().logprobs(logits, tokens, 1)
+    found = logprobs(logits, tokens.tolist(), 1)
     exact = logits.double().log_softmax(-1)
     assert [one.token for one in found] == tokens.tolist()
     assert [one.logprob for one in found] == pytest.approx(
