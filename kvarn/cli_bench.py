@@ -1,6 +1,5 @@
 """`kvarn bench offline | serve | latency | startup | compare`."""
 
-import math
 import sys
 from typing import Annotated, Any
 
@@ -12,6 +11,9 @@ from kvarn.core.config import EngineConfig
 
 Model = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="the same as --model")]
 ToFile = Annotated[str | None, typer.Option("--json", metavar="FILE", help="write the result")]
+
+#: a request that leaves this long after it was due is worth a word [ms]
+LATE_MS = 50.0
 
 
 def add_bench(app: typer.Typer) -> None:
@@ -193,13 +195,14 @@ def serve_lines(result: dict[str, Any], percentiles: tuple[float, ...]) -> list[
         if values[0] is not None:
             cells = "".join(f"{'-' if v is None else format(v, '.2f'):>12}" for v in values)
             lines.append(f"{name:26}{cells}")
-    late = (
-        result[f"{label(max(percentiles, default=50.0))}_client_queue_time_ms"]
-        if (percentiles)
-        else result["median_client_queue_time_ms"]
-    )
-    if not math.isclose(late, 0.0, abs_tol=50.0) and result["max_concurrency"] is None:
-        lines.append(f"the client itself was late by up to {late:.0f} ms: use more --processes")
+    late = max((result[name] for name in result if "client_queue_time" in name), default=0.0)
+    if late > LATE_MS and result["max_concurrency"] is None:
+        lines.append(f"the client itself was late by {late:.0f} ms: use more --processes")
+    if result["total_cached_tokens"]:
+        lines.append(
+            f"{result['total_cached_tokens']} of {result['total_input_tokens']} prompt tokens came "
+            "from the server's prefix cache (another --seed asks for other prompts)"
+        )
     return lines
 
 

@@ -1,0 +1,39 @@
+"""The scripts of benchmarks/: they run, and the results page says what the files say."""
+
+import sys
+from pathlib import Path
+
+from kvarn.bench import record
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import scheduler_overhead
+import table
+
+
+def test_scheduler_overhead_times_full_decode_steps():
+    for prefix, windows in (("none", [None]), ("hash", [None, 32]), ("radix", [None])):
+        times = scheduler_overhead.measure(4, 16, 20, 10, prefix, windows)
+        assert len(times) == 10
+        assert min(times) > 0
+
+
+def test_results_page_shows_every_result():
+    peers = record.header(
+        "cpu_peers",
+        {"threads": 2, "repeats": 3},
+        {"kvarn": {"version": "1"}, "x": {"version": "2"}},
+    ) | {
+        "model_id": "m",
+        "results": [
+            {"workload": "W1", "engine": "kvarn", "tok_s": 50.0, "runs": []},
+            {"workload": "W1", "engine": "x", "tok_s": 40.0, "runs": []},
+        ],
+    }
+    steps = record.header(
+        "scheduler_overhead", {"sequences": 4, "page_size": 16, "steps": 9}, {}
+    ) | {"results": [{"workload": "hash", "median_ms": 0.5, "p90_ms": 1234.5, "p99_ms": None}]}
+    page = table.page({"a.json": peers, "b.json": steps})
+    assert "| W1 | 50 | 40 (1.25x) |" in page
+    assert "kvarn 1, x 2" in page
+    assert "| hash | 0.5 | 1234 | - |" in page
+    assert "`a.json`" in page and "`b.json`" in page
