@@ -1,1 +1,1 @@
-"""The device image of a plan: rows, batches, the sampler, the memory ledger. Executes `StepPlan`s."""
+"""The device image of a plan: rows, batches, sampler, memory ledger. Executes `StepPlan`s."""

@@ -11,12 +11,12 @@ from torch import Tensor
 from kvarn.core.model import GroupSpec, ModelSpec
 from kvarn.core.plan import SeqStart, SpanResult, StepPlan, StepResult, TokenLogprobs
 from kvarn.kernels.attention import AttentionBackend
-from kvarn.runner.pool import KVPool
 from kvarn.models.decoder import Decoder
 from kvarn.models.points import Tap
 from kvarn.runner.batch import Batch, build
 from kvarn.runner.image import Image
 from kvarn.runner.logprobs import logprobs
+from kvarn.runner.pool import KVPool
 from kvarn.runner.sampler import Sampler
 
 SCORE_ROWS = 128  #: prompt positions whose logits are held at once

@@ -97,7 +97,7 @@ class ControlPlane:
         outputs = room if params.max_tokens is None else min(params.max_tokens, room)
         generates = request.pooling is None and outputs > 0
         stops = set(params.stop_token_ids)
-        if not params.ignore_eos:
+        if not params.ignore_eos or params.grammar is not None:  # a grammar ends by eos
             stops.update(request.eos_ids)
         seq = Seq(
             id=self._next_seq,
