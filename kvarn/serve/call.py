@@ -50,20 +50,21 @@ class Call:
         self._metrics = metrics
         self._label = label
         self._arrival = requests[0].arrival
-        self._failure: tuple[str, str] | None = None  #: finish reason for the metrics, and words
+        self._failure = ""  #: what went wrong
         self._closed = False
         self._stream = engine.submit(requests)
 
     async def accepted(self) -> None:
-        """Wait until the engine has queued everything; raises its refusal."""
+        """Wait until the engine has queued everything; raises its refusal, and forgets the call."""
         try:
             await self._stream.accepted()
-        except RequestError as error:
-            self._failure = "refused", error.message
-            self._metrics.refused.labels(error.code).inc()
+        except RequestError:
+            self._closed = True  # it never was one of ours: not in the metrics
+            self._stream.close()
             raise
-        except EngineDied as error:
-            self._failure = "error", str(error)
+        except BaseException as error:
+            self._failure = str(error) if isinstance(error, EngineDied) else ""
+            self.close()
             raise
 
     async def outputs(self) -> AsyncGenerator[Output, None]:
@@ -76,7 +77,7 @@ class Call:
                     raise RequestError(message, code="generation_failed", status=422)
                 yield output
         except (EngineDied, RequestError) as error:
-            self._failure = "error", str(error)
+            self._failure = str(error)
             raise
         finally:
             self.close()
@@ -118,7 +119,7 @@ class Call:
         if all(t.finish for t in tallies):
             reason = str(tallies[-1].finish)
         else:
-            reason = self._failure[0] if self._failure else "abort"
+            reason = "error" if self._failure else "abort"
         metrics.requests.labels(reason).inc()
         if not tallies[0].n_prompt:
             return
@@ -132,7 +133,7 @@ class Call:
 
     def _log(self) -> None:
         if self._failure:
-            log.warning("%s  %s: %s", self._label, *self._failure)
+            log.warning("%s  error: %s", self._label, self._failure)
             return
         timings = self.timings()
         finish = ",".join(sorted({t.finish or "client gone" for t in self.tallies.values()}))

@@ -1,6 +1,7 @@
 """Errors as HTTP: every one has OpenAI's body, `{"error": {message, type, param, code}}`."""
 
 import logging
+from itertools import takewhile
 from typing import Any
 
 import msgspec
@@ -85,12 +86,20 @@ def invalid_body(error: ValidationError, raw: bytes) -> RequestError:
     if not first["loc"]:
         return RequestError("the body must be a JSON object", code="invalid_body")
     param = str(first["loc"][0])
-    messages = [e["msg"] for e in found if str(e["loc"][0]) == param]
-    path = ".".join(str(part) for part in first["loc"]) if len(messages) == 1 else param
-    unique = list(dict.fromkeys(m[0].lower() + m[1:] for m in messages))
+    same = [e for e in found if str(e["loc"][0]) == param]
+    path = _common([e["loc"] for e in same])
     if first["type"] == "missing":
         return RequestError(f"the field {path!r} is required", param=param, code="missing_field")
-    return RequestError(f"field {path!r}: {', or '.join(unique)}", param=param)
+    reasons = dict.fromkeys(e["msg"][0].lower() + e["msg"][1:] for e in same)
+    return RequestError(f"field {path!r}: {', or '.join(reasons)}", param=param)
+
+
+def _common(places: list[tuple[int | str, ...]]) -> str:
+    """The path that all places share: where several forms were tried, the field itself."""
+    shared = places[0]
+    for place in places[1:]:
+        shared = shared[: sum(1 for _ in takewhile(lambda p: p[0] == p[1], zip(shared, place)))]
+    return ".".join(str(part) for part in shared)
 
 
 def install(app: FastAPI) -> None:

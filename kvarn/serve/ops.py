@@ -70,6 +70,7 @@ async def server_info(http: HTTPRequest) -> Response:
         "restarts": engine.restarts,
         "uptime_seconds": time.time() - service.created,
         "engine_pid": engine.pid,
+        "open_requests": engine.n_open,
         "stats": None if stats is None else asdict(stats),
     }
     if engine.info is not None:

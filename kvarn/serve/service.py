@@ -1,5 +1,6 @@
 """`Service`: the engine, the tokenizer and the options, as every endpoint sees them."""
 
+import logging
 import time
 import uuid
 from collections.abc import Sequence
@@ -7,10 +8,13 @@ from typing import Any, Protocol
 
 from kvarn.core.errors import RequestError
 from kvarn.core.request import Request
+from kvarn.core.validate import Limits, validate
 from kvarn.serve.call import Call
 from kvarn.serve.client import EngineClient, State
 from kvarn.serve.metrics import Metrics
 from kvarn.serve.options import ServeOptions
+
+log = logging.getLogger("kvarn.request")
 
 
 class Tokenizer(Protocol):
@@ -72,17 +76,28 @@ class Service:
     async def submit(self, requests: Sequence[Request], label: str) -> Call:
         """Hand requests to the engine; returns when it has accepted all of them.
 
-        Raises `RequestError` when it refused one, or when the server takes no more requests.
+        Raises `RequestError` for what the engine would refuse (found here, before anything is laid
+        out for a request), for what it did refuse, and when the server takes no more requests.
         """
         if self.draining:
             raise RequestError("the server is shutting down", code="shutting_down", status=503)
-        call = Call(self.engine, self.metrics, requests, label)
         try:
+            self._validate(requests)
+            call = Call(self.engine, self.metrics, requests, label)
             await call.accepted()
-        except BaseException:
-            call.close()
+        except RequestError as error:
+            self.metrics.refused.labels(error.code).inc(len(requests))
+            log.warning("%s  refused: %s", label, error.message)
             raise
         return call
+
+    def _validate(self, requests: Sequence[Request]) -> None:
+        info = self.engine.info
+        if info is None:
+            return
+        limits = Limits(info.spec.vocab, self.max_len, has_tokenizer=self.tokenizer is not None)
+        for request in requests:
+            validate(request, limits)
 
 
 def new_id(prefix: str) -> str:

@@ -27,7 +27,11 @@ class Running:
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
         self.lines: list[str] = []
         threading.Thread(target=self._read, daemon=True).start()
-        self.url = self._address()
+        try:
+            self.url = self._address()
+        except AssertionError:
+            self.process.kill()
+            raise
         self.http = httpx.Client(base_url=self.url, timeout=PATIENCE)
 
     def _read(self) -> None:
@@ -65,11 +69,13 @@ class Running:
         return self.http.get("/server_info").json()
 
     def end(self) -> int:
+        self.http.close()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(PATIENCE)
-        self.http.close()
-        return code
+        try:
+            return self.process.wait(PATIENCE)
+        finally:
+            self.process.kill()
 
 
 @pytest.fixture(scope="session")

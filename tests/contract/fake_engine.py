@@ -21,11 +21,12 @@ from itertools import cycle, islice
 from typing import Any
 
 from kvarn.core.config import Resolved
-from kvarn.core.errors import ModelError, QueueFull, RequestError
+from kvarn.core.errors import ModelError, QueueFull
 from kvarn.core.model import ModelSpec
 from kvarn.core.output import EngineStats, FinishReason, Output, Timings
 from kvarn.core.plan import TokenLogprobs
 from kvarn.core.request import Request
+from kvarn.core.validate import Limits, validate
 
 REPLY = b"the mill turns and turns, "
 BOS, EOS, TOOL = 256, 257, 258
@@ -105,13 +106,14 @@ class FakeEngine:
         self.spec = SPEC
         self.tokenizer = FakeTokenizer()
         self.max_len = resolved.config.max_len or SPEC.max_len
+        self.limits = Limits(VOCAB, self.max_len)
         self._waiting: list[Running] = []
         self._running: list[Running] = []
         self._stats = EngineStats(kv_pages=4096)
         self._seen: set[tuple[int, ...]] = set()
 
     def add(self, request: Request) -> None:
-        self._check(request)
+        validate(request, self.limits)
         if len(self._waiting) + request.sampling.n > self.resolved.config.max_queue:
             raise QueueFull("the queue is full; try again in 1 s", 1.0)
         text = self.tokenizer.decode(request.prompt)
@@ -119,25 +121,6 @@ class FakeEngine:
         script = list(said[-1].encode()) if said else list(REPLY)
         for index in range(request.sampling.n):
             self._waiting.append(Running(request, index, script, bool(said)))
-
-    def _check(self, request: Request) -> None:
-        sampling = request.sampling
-        if not request.prompt:
-            raise RequestError("the prompt is empty", param="prompt")
-        if len(request.prompt) >= self.max_len:
-            raise RequestError(
-                f"the prompt has {len(request.prompt)} tokens; the limit is {self.max_len - 1}",
-                param="prompt", code="context_length_exceeded",
-            )  # fmt: skip
-        if any(not 0 <= id < VOCAB for id in request.prompt):
-            raise RequestError(f"token ids must be in [0, {VOCAB})", param="prompt")
-        if not 0 <= sampling.temperature <= 2:
-            raise RequestError("temperature must be in [0, 2]", param="temperature")
-        if not 1 <= sampling.n <= 128:
-            raise RequestError("n must be in [1, 128]", param="n")
-        least = 1 if sampling.prompt_logprobs is None else 0
-        if sampling.max_tokens is not None and sampling.max_tokens < least:
-            raise RequestError("max_tokens must be at least 1", param="max_tokens")
 
     def abort(self, request_id: str) -> None:
         for group in (self._waiting, self._running):

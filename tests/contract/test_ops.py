@@ -34,7 +34,6 @@ def test_metrics_count_what_was_done(http: httpx.Client) -> None:
 
     assert grew("kvarn_requests_total[stop]") == 1
     assert grew("kvarn_requests_total[length]") == 1
-    assert grew("kvarn_requests_total[refused]") == 1
     assert grew("kvarn_requests_total[error]") == 1
     assert grew("kvarn_requests_refused_total[invalid_value]") == 1
     assert grew("kvarn_output_tokens_total") == 4 + 4 + 5
