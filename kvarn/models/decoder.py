@@ -22,6 +22,9 @@ from kvarn.models.weights import Weights
 #: attend(layer, q [T, Hq, d], k [T, Hkv, d], v [T, Hkv, d]) -> z [T, Hq, d]; also keeps k and v
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
+#: forms of the linear layers that keep the weight as it is: a tied output matrix is no copy
+SHARES_MEMORY: tuple[Mode, ...] = ("plain", "invariant")
+
 
 @dataclass(slots=True)
 class Layer:
@@ -216,8 +219,7 @@ class _Reader:
             weight = self.weights.read("lm_head.weight", (self.spec.vocab, self.spec.hidden))
             return self._linear(self._move(weight), None)
         head = make_linear(embed, None, self.mode)
-        shares_memory = self.mode in ("plain", "invariant")
-        self.n_bytes += 0 if shares_memory else head.weight_bytes
+        self.n_bytes += 0 if self.mode in SHARES_MEMORY else head.weight_bytes
         return head
 
     def layer(self, i: int) -> Layer:

@@ -46,18 +46,23 @@ class WindowStream:
     The tokens before give the context that decides about leading spaces.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
-        self.decode = decode
+    def __init__(self, decode: Callable[[list[int]], str], skipped: frozenset[int]) -> None:
+        self.decode, self.skipped = decode, skipped
         self.window: list[int] = []
         self.shown = 0  #: tokens at the front of the window whose text is out
         self.text = ""  #: their decoding
+        self.held = 0  #: tokens at the end that may be the first bytes of a character
 
     def step(self, token: int) -> str:
         """See `Stream.step`."""
+        if token in self.skipped:
+            return ""
         self.window.append(token)
         text = self.decode(self.window)
-        if text.endswith(BROKEN) and len(self.window) - self.shown < LONGEST:
+        if text.endswith(BROKEN) and self.held < LONGEST - 1:
+            self.held += 1
             return ""
+        self.held = 0
         return self._show(text)
 
     def flush(self) -> str:

@@ -9,7 +9,7 @@ import torch
 from kvarn.core.config import Resolved
 from kvarn.core.errors import ModelError, nearest
 from kvarn.core.model import ModelSpec
-from kvarn.models.decoder import Decoder
+from kvarn.models.decoder import SHARES_MEMORY, Decoder
 from kvarn.models.fit import check_fits, free_memory
 from kvarn.models.gguf import GGUFWeights, spec_from_gguf
 from kvarn.models.gguf_file import GGUFFile
@@ -95,18 +95,18 @@ def load(resolved: Resolved, progress: Progress = quiet) -> Model:
     config, clock = resolved.config, _Stages()
     device = choose_device(resolved)
     dtype = choose_dtype(resolved, device)
-    mode = linear_mode(config, device, dtype)
     clock.done("device")
     random = config.load == "random"
     located = locate(config.model, random, progress)
     clock.done("find")
     file = located.gguf()
     spec = _spec(located, file)
+    mode = linear_mode(config, device, dtype, spec)
     check_fits(
         spec,
         config.dtype,
         config.quantization,
-        mode in ("packed", "int8"),
+        mode not in SHARES_MEMORY,
         device,
         *free_memory(device),
     )

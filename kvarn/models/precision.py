@@ -6,6 +6,8 @@ import torch
 
 from kvarn.core.config import EngineConfig, Resolved
 from kvarn.core.errors import ConfigError
+from kvarn.core.model import ModelSpec
+from kvarn.kernels import native
 from kvarn.kernels.linear import Mode, make_linear
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -59,7 +61,8 @@ def _dtype_of_cpu() -> tuple[str, str, str]:
 
 def _seconds(dtype: torch.dtype) -> float:
     """The best time of a linear layer on the CPU."""
-    linear = make_linear(torch.ones(4096, 1024, dtype=dtype), None, _cpu_form(dtype))
+    form: Mode = "native" if _compiled(dtype) else _cpu_form(dtype)
+    linear = make_linear(torch.ones(4096, 1024, dtype=dtype), None, form)
     x = torch.ones(16, 1024, dtype=dtype)
     times = []
     for _ in range(8):
@@ -69,7 +72,9 @@ def _seconds(dtype: torch.dtype) -> float:
     return min(times)
 
 
-def linear_mode(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> Mode:
+def linear_mode(
+    config: EngineConfig, device: torch.device, dtype: torch.dtype, spec: ModelSpec
+) -> Mode:
     """The form of the linear layers that the options ask for; `ConfigError` where none can be."""
     if config.quantization == "int8":
         if device.type != "cpu":
@@ -80,9 +85,17 @@ def linear_mode(config: EngineConfig, device: torch.device, dtype: torch.dtype) 
                 "run with deterministic=true; leave out one of the two"
             )
         return "int8"
+    inputs = (spec.hidden, spec.ffn, spec.n_heads * spec.head_dim)
+    if device.type == "cpu" and _compiled(dtype) and all(size % 2 == 0 for size in inputs):
+        return "native"  # fastest, and batch-invariant as it is
     if config.deterministic:
         return "invariant"
     return _cpu_form(dtype) if device.type == "cpu" else "plain"
+
+
+def _compiled(dtype: torch.dtype) -> bool:
+    """Whether the compiled linear layer is there for this dtype."""
+    return native.kernel("linear", torch.empty(0, dtype=dtype)) is not None
 
 
 def _cpu_form(dtype: torch.dtype) -> Mode:

@@ -94,9 +94,10 @@ class Tokenizer:
 
     def stream(self, skip_special: bool = True) -> Stream:
         """A detokeniser for one sequence, token by token."""
+        skipped: frozenset[int] = self._special_ids if skip_special else frozenset()
         if self._byte_level:
-            return ByteStream(self.token_bytes, self._special_ids if skip_special else frozenset())
-        return WindowStream(lambda ids: self.decode(ids, skip_special))
+            return ByteStream(self.token_bytes, skipped)
+        return WindowStream(lambda ids: self.decode(ids, skip_special=False), skipped)
 
     def chat(
         self,

@@ -11,6 +11,7 @@ from golden.naive import naive_generate, naive_logits
 
 from kvarn.core.config import resolve
 from kvarn.core.errors import ConfigError, ModelError
+from kvarn.kernels import native
 from kvarn.models import fit, load, precision
 from kvarn.models.fit import GIB, check_fits, weight_bytes
 from kvarn.models.shapes import named_shape
@@ -33,7 +34,8 @@ def test_random_weights_follow_the_seed(tiny_folder: Any) -> None:
     assert first.isfinite().all() and first.std() > 0.1
 
 
-def test_seconds_and_bytes_are_reported(tiny_folder: Any) -> None:
+def test_seconds_and_bytes_are_reported(tiny_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_compiled", lambda dtype: False)
     options = {"model": tiny_folder("llama"), "load": "random", "dtype": "float32"}
     model = load.load(resolve(options))
     assert set(model.seconds) == {"device", "find", "config", "tokenizer", "weights"}
@@ -51,14 +53,25 @@ def test_folder_with_safetensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "mode"),
+    ("options", "compiled", "mode"),
     [
-        ({"deterministic": True}, "invariant"),
-        ({"quantization": "int8"}, "int8"),
-        ({}, "packed"),
+        ({"deterministic": True}, False, "invariant"),
+        ({"quantization": "int8"}, True, "int8"),
+        ({}, False, "packed"),
+        ({}, True, "native"),
+        ({"deterministic": True}, True, "native"),
     ],
 )
-def test_form_of_the_linear_layers(options: dict[str, Any], mode: str, tiny_folder: Any) -> None:
+def test_form_of_the_linear_layers(
+    options: dict[str, Any],
+    compiled: bool,
+    mode: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_folder: Any,
+) -> None:
+    if compiled and not native.available():
+        pytest.skip(native.reason())
+    monkeypatch.setattr(precision, "_compiled", lambda dtype: compiled)
     given = {"model": tiny_folder("llama"), "load": "random", "dtype": "float32"}
     model = load.load(resolve(given | options))
     assert model.decoder.head.mode == mode

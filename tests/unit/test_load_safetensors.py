@@ -50,7 +50,7 @@ def test_missing_shard_is_named(folder: Path) -> None:
 def test_corrupt_index(folder: Path) -> None:
     shard(folder)
     (folder / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ModelError, match="index.json is corrupt"):
+    with pytest.raises(ModelError, match=r"index\.json is corrupt"):
         loaded(folder)
 
 
