@@ -85,7 +85,7 @@ def offline(result: dict[str, Any]) -> Lines:
     """The engine without a server."""
     picked = {
         "workload": "load", "output_tokens_per_second": "output tok/s",
-        "prompt_tokens_per_second": "prompt tok/s", "read_gb_s": "GB/s", "gflop_s": "GFLOP/s",
+        "prefill_tokens_per_second": "prefill tok/s", "read_gb_s": "GB/s", "gflop_s": "GFLOP/s",
         "share_of_read": "share of bandwidth", "share_of_gemm": "share of GEMM rate",
     }  # fmt: skip
     return [f"{result['model_id']}, {result['config']['dtype']}.", "", *columns(result, picked)]

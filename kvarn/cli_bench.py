@@ -144,16 +144,16 @@ def _report(result: dict[str, Any], path: str | None, lines: list[str]) -> None:
 
 def offline_lines(result: dict[str, Any]) -> list[str]:
     """The result of `bench offline` as a table."""
-    head = ("workload", "seconds", "out tok/s", "decode/req", "prompt tok/s", "GB/s", "GFLOP/s")
-    lines = ["  ".join(f"{name:>12}" for name in head)]
+    head = ("workload", "seconds", "out tok/s", "decode/req", "prefill tok/s", "GB/s", "GFLOP/s")
+    lines = ["  ".join(f"{name:>13}" for name in head)]
     for row in result["results"]:
         values = (
             row["elapsed_time"], row["output_tokens_per_second"],
-            row["decode_tokens_per_second_per_request"], row["prompt_tokens_per_second"],
+            row["decode_tokens_per_second_per_request"], row["prefill_tokens_per_second"],
             row["read_gb_s"], row["gflop_s"],
         )  # fmt: skip
-        cells = [f"{'-' if value is None else format(value, '.2f'):>12}" for value in values]
-        lines.append("  ".join([f"{row['workload']:>12}", *cells]))
+        cells = [f"{'-' if value is None else format(value, '.2f'):>13}" for value in values]
+        lines.append("  ".join([f"{row['workload']:>13}", *cells]))
     ceiling = result["ceiling"]
     if ceiling is not None:
         lines.append(

@@ -115,7 +115,7 @@ def _numbers(
         "requests_per_second": len(middle.lengths) / seconds,
         "tokens_per_second": tokens / seconds,
         "output_tokens_per_second": middle.n_output / seconds,
-        "prompt_tokens_per_second": middle.n_prompt / statistics.median(middle.first_token),
+        "prefill_tokens_per_second": _prefill_rate(middle),
         "decode_tokens_per_second_per_request": _decode_rate(middle),
         "median_ttft_ms": statistics.median(middle.first_token) * 1000,
         "steps": middle.steps,
@@ -125,6 +125,12 @@ def _numbers(
         "share_of_gemm": flops / ceiling["gemm_gflop_s"] if ceiling else None,
         "runs": [b.seconds for b in repeated],
     }
+
+
+def _prefill_rate(b: Burst) -> float:
+    """Prompt tokens computed (not cached) a second, until every request had its first token."""
+    computed = sum(n_prompt - cached for n_prompt, cached, _ in b.lengths)
+    return computed / max(b.first_token)
 
 
 def _decode_rate(b: Burst) -> float | None:

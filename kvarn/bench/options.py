@@ -35,7 +35,7 @@ class Load:
 
     base_url: str = option("http://127.0.0.1:8000", "address of the server")
     backend: str = option("openai", "openai (completions), openai-chat or sglang (/generate)")
-    served_model: str | None = option(None, "name the server knows it by; default: its first one")
+    model: str | None = option(None, "name the server knows it by; default: its first one")
     request_rate: float = option(math.inf, "mean rate; inf: all at once", "requests/s")
     burstiness: float = option(
         1.0, "shape of the gamma intervals: 1 is Poisson, below 1 burstier, inf a fixed interval"

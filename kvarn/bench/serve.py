@@ -44,7 +44,7 @@ def run(
     samples, duration = _run_shares(shares, sum(len(job.turns) for job in jobs), watch)
     percentiles = load.percentiles
     found = metrics.whole_run(samples, duration, percentiles, goodput)
-    result = record.header("serve", _workload(work_, load), asdict(load) | {"api_key": None})
+    result = record.header("serve", _workload(work_, load), _public(load))
     result |= {
         "backend": load.backend,
         "endpoint_type": load.backend,
@@ -61,8 +61,6 @@ def run(
     }
     if load.detailed:
         result |= metrics.detailed(samples)
-    result["config"]["request_rate"] = _json_rate(load.request_rate)
-    result["config"]["burstiness"] = _json_rate(load.burstiness)
     return result
 
 
@@ -91,6 +89,17 @@ def _headers(load: Load) -> dict[str, str]:
     return headers
 
 
+def _public(load: Load) -> dict[str, Any]:
+    """The options as a result keeps them: no secrets, no infinities."""
+    names = tuple(pair.partition("=")[0] for pair in load.header)
+    return asdict(load) | {
+        "api_key": None,
+        "header": names,
+        "request_rate": _json_rate(load.request_rate),
+        "burstiness": _json_rate(load.burstiness),
+    }
+
+
 def _json_rate(value: float) -> float | str:
     return "inf" if math.isinf(value) else value
 
@@ -107,7 +116,7 @@ def _workload(work_: Workload, load: Load) -> dict[str, Any]:
 async def _prepare(load: Load, headers: dict[str, str], jobs: Sequence[Job]) -> str:
     """Find the model's name and send the warm-up requests; a server that fails them is an error."""
     client = Client(load.base_url, headers)
-    model = load.served_model
+    model = load.model
     try:
         if model is None and load.backend != "sglang":
             model = (await client.get("/v1/models"))["data"][0]["id"]

@@ -62,7 +62,8 @@ def _once(given: Mapping[str, Any], timeout: float) -> dict[str, Any]:
     total = time.perf_counter() - begin
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise KvarnError(f"the engine did not start: {last[0]}")
+        said = last[0].partition("Error: ")  # the exception's class says nothing to a user
+        raise KvarnError(f"the engine did not start: {said[2] or said[0]}")
     stages: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     inside = stages["import_torch"] + stages["engine"] + stages["first_token"]
     return {"process": total - inside, **stages, "total": total}

@@ -274,3 +274,13 @@ def test_sglang_events_hold_the_whole_text():
 def test_an_error_inside_a_stream_is_an_error():
     piece = Completions().read(b'{"error": {"message": "the engine died"}}')
     assert piece.error == "the engine died"
+
+
+def test_secrets_stay_out_of_results():
+    server = Server()
+    with running(server) as url:
+        load = Load(base_url=url, api_key="hush", header=("X-Key=quiet",))
+        result = json.dumps(serve.run(Workload(num_prompts=1, output_len=2), load))
+    assert "hush" not in result
+    assert "quiet" not in result
+    assert "Infinity" not in result
