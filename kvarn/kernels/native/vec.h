@@ -132,9 +132,10 @@ inline void put_some(T* p, Floats v, int n) {
     std::memcpy(p, part, n * sizeof(T));
 }
 
-// 2^x for x <= about 127; 0 below -126. Error under 2 units in the last place.
+// 2^x; 0 below -126, infinity from 128 on. Error under 2 units in the last place.
 inline Floats exp2(Floats x) {
     x = larger(x, splat(-127.0f));
+    x = x > splat(128.0f) ? splat(128.0f) : x;
     const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     Floats shifted = x + magic;
     Floats f = x - (shifted - magic);
