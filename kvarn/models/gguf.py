@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvarn.core.errors import ModelError
 from kvarn.core.model import ModelSpec, RopeScaling
+from kvarn.kernels.rope import frequencies
 from kvarn.models.gguf_file import GGUFFile
 
 #: architecture as GGUF names it -> family
@@ -71,7 +72,7 @@ def spec_from_gguf(file: GGUFFile, name: str) -> ModelSpec:
         rope_theta=get("rope.freq_base", 1e6 if family == "gemma3" else 1e4, float),
         rope_local_theta=get("rope.freq_base_swa", 1e4, float) if family == "gemma3" else None,
         rope_scaling=_rope_scaling(file, get, head_dim),
-        windows=_windows(family, n_layers, get("attention.sliding_window", 0)),
+        windows=_windows(file, get, family),
         activation="gelu_tanh" if gemma else "silu",
         qkv_bias="blk.0.attn_q.bias" in file.tensors,
         out_bias="blk.0.attn_output.bias" in file.tensors,
@@ -122,12 +123,18 @@ def _shape(file: GGUFFile, name: str) -> tuple[int, ...]:
     return file.tensors[name].shape
 
 
-def _windows(family: str, n_layers: int, window: int) -> tuple[int | None, ...]:
-    """Gemma alternates: every second (2) or all but every sixth layer (3) slides."""
-    if not window or family in ("qwen2", "qwen3"):
+def _windows(file: GGUFFile, get: _Getter, family: str) -> tuple[int | None, ...]:
+    """Which layers slide: as the metadata says, or else by the family's fixed period."""
+    n_layers: int = get("block_count")
+    window: int = get("attention.sliding_window", 0)
+    if not window or family.startswith("qwen"):
         return ()
-    period = {"gemma2": 2, "gemma3": 6}.get(family)
-    if period is None:
+    said = file.metadata.get(f"{get.arch}.attention.sliding_window_pattern")
+    if isinstance(said, list) and len(said) == n_layers:
+        return tuple(window if slides else None for slides in said)
+    # Gemma alternates: every second (2) or every sixth layer (3) sees everything
+    period = said if isinstance(said, int) else {"gemma2": 2, "gemma3": 6}.get(family, 0)
+    if period < 1:
         return (window,) * n_layers
     return tuple(None if (i + 1) % period == 0 else window for i in range(n_layers))
 
@@ -153,8 +160,6 @@ def _rope_scaling(file: GGUFFile, get: _Getter, head_dim: int) -> RopeScaling | 
 
 def _llama3_scaling(file: GGUFFile, theta: float, head_dim: int) -> RopeScaling:
     """Llama 3's scaling is stored as divisors of the frequencies; find the parameters again."""
-    from kvarn.kernels.rope import frequencies
-
     divisors = file.read("rope_freqs.weight").float()
     scaling = RopeScaling("llama3", factor=round(divisors.max().item(), 4))
     expected = frequencies(head_dim, theta, None) / frequencies(head_dim, theta, scaling)

@@ -54,6 +54,20 @@ def test_gemma_from_gguf_equals_its_config(case: str, tmp_path: Path) -> None:
     assert (naive_logits(decoder, spec, PROMPT) - expected).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("pattern", "windows"),
+    [(None, (8,) * 4), (2, (8, None, 8, None)), ([True, True, False, True], (8, 8, None, 8))],
+)
+def test_pattern_of_windows_in_the_metadata(
+    pattern: Any, windows: tuple[int | None, ...], tmp_path: Path
+) -> None:
+    model = checkpoint("gemma3", tmp_path / "hf")
+    write_gguf(tmp_path / "m.gguf", model)
+    file = GGUFFile(tmp_path / "m.gguf")
+    file.metadata["gemma3.attention.sliding_window_pattern"] = pattern
+    assert spec_from_gguf(file, "tiny").windows == windows
+
+
 def test_llama3_scaling_is_found_from_the_stored_divisors(tmp_path: Path) -> None:
     rope = {"original_max_position_embeddings": 8192, "rope_theta": 5e5}
     model = checkpoint("llama3", tmp_path / "hf", rope_parameters=rope, head_dim=64)

@@ -19,10 +19,10 @@ TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
 FAMILIES = ["llama", "qwen3", "gemma2"]
 
 
-def make(folder: str) -> tuple[Decoder, ModelSpec]:
+def make(folder: str, dtype: torch.dtype = torch.float32) -> tuple[Decoder, ModelSpec]:
     spec = spec_from_config(read_json(Path(folder) / "config.json"), "tiny")
-    weights = RandomWeights(0, spec.norm_offset, torch.float32, "cpu")
-    return Decoder(spec, weights), spec
+    weights = RandomWeights(0, spec.norm_offset, dtype, "cpu")
+    return Decoder(spec, weights, dtype=dtype), spec
 
 
 def tapped(decoder: Decoder, spec: ModelSpec, tap: Any) -> Tensor:
@@ -31,11 +31,14 @@ def tapped(decoder: Decoder, spec: ModelSpec, tap: Any) -> Tensor:
     return decoder.logits(hidden, tap)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_identity_taps_leave_logits_bit_equal(family: str, tiny_folder: Any) -> None:
-    decoder, spec = make(tiny_folder(family))
+def test_identity_taps_leave_logits_bit_equal(
+    family: str, dtype: torch.dtype, tiny_folder: Any
+) -> None:
+    decoder, spec = make(tiny_folder(family), dtype)
     plain = naive_logits(decoder, spec, TOKENS)
-    assert torch.equal(tapped(decoder, spec, lambda point, layer, x: x), plain)
+    assert torch.equal(tapped(decoder, spec, lambda point, layer, x: x.clone()), plain)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
