@@ -95,7 +95,9 @@ class ControlPlane:
         params = request.sampling
         room = self.capacity.max_len - len(request.prompt)
         outputs = room if params.max_tokens is None else min(params.max_tokens, room)
-        generates = request.pooling is None and outputs > 0
+        if request.pooling is not None:
+            outputs = 0
+        generates = outputs > 0
         stops = set(params.stop_token_ids)
         if not params.ignore_eos or params.grammar is not None:  # a grammar ends by eos
             stops.update(request.eos_ids)
