@@ -246,7 +246,7 @@ class CPUAttention(Part):
     ) -> list[Tensor]:
         """See `AttentionBackend`."""
         shape = (n_pages, page_size, 2, n_kv_heads, head_dim)
-        return [torch.zeros(shape, dtype=kind, device=where) for _ in range(n_layers)]
+        return [zeros(shape, kind, where) for _ in range(n_layers)]
 
     def plan(self, rows: PagedRows, lse: bool = False) -> CPUPlan:
         """See `AttentionBackend`."""

@@ -122,7 +122,7 @@ class NativeAttention(Part):
         if kind == torch.bfloat16 and head_dim % 2:
             raise ConfigError(f"attention 'native' takes an even head_dim in bf16, not {head_dim}")
         shape = (n_pages, n_kv_heads, 2, page_size, head_dim)
-        return [torch.zeros(shape, dtype=kind) for _ in range(n_layers)]
+        return [zeros(shape, kind, where) for _ in range(n_layers)]
 
     def plan(self, rows: PagedRows, lse: bool = False) -> NativePlan:
         """See `AttentionBackend`."""

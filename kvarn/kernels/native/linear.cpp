@@ -33,14 +33,15 @@ void pack(const T* w, int64_t n, int64_t k, uint32_t* out) {
 
 template <class T, int M>
 void tile(const T* x, int64_t x_stride, const uint32_t* panel, int64_t words, const float* bias,
-          int64_t width, T* y, int64_t n) {
+          int64_t width, const uint32_t* ahead, T* y, int64_t n) {
     Floats acc[M][2];
     const uint32_t* rows[M];
     for (int i = 0; i < M; i++) {
         rows[i] = (const uint32_t*)(x + i * x_stride);
         acc[i][0] = acc[i][1] = Floats{};
     }
-    multiply<T, M, 2>(acc, rows, panel, PANEL, words);
+    if (ahead) multiply<T, M, 2, true>(acc, rows, panel, PANEL, words, ahead);
+    else multiply<T, M, 2>(acc, rows, panel, PANEL, words);
     for (int j = 0; j < 2; j++) {
         const int some = (int)std::min<int64_t>(16, width - j * 16);
         if (some <= 0) break;
@@ -54,7 +55,8 @@ void tile(const T* x, int64_t x_stride, const uint32_t* panel, int64_t words, co
 }
 
 template <class T>
-using Tile = void (*)(const T*, int64_t, const uint32_t*, int64_t, const float*, int64_t, T*, int64_t);
+using Tile = void (*)(const T*, int64_t, const uint32_t*, int64_t, const float*, int64_t,
+                      const uint32_t*, T*, int64_t);
 
 template <class T>
 constexpr Tile<T> TILES[ROWS + 1] = {
@@ -76,8 +78,14 @@ void run(const T* x, int64_t t, int64_t k, int64_t x_stride, const uint32_t* pac
             for (int64_t i = 0; i < tiles; i++) {
                 const int64_t from = lo + (hi - lo) * i / tiles, to = lo + (hi - lo) * (i + 1) / tiles;
                 const int64_t at = panel * PANEL;
-                TILES<T>[to - from](x + from * x_stride, x_stride, packed + at * words, words,
-                                    bias ? bias + at : nullptr, n - at, y + from * n + at, n);
+                // with more rows than one tile, arithmetic takes longer than reading: two tiles of
+                // every panel bring the next one into the cache, half of it each
+                const bool bring = tiles > 1 && i < 2 && chunk == 0 && panel + 1 < panels;
+                const uint32_t* here = packed + at * words;
+                TILES<T>[to - from](x + from * x_stride, x_stride, here, words,
+                                    bias ? bias + at : nullptr, n - at,
+                                    bring ? here + PANEL * words + 16 * i : nullptr,
+                                    y + from * n + at, n);
             }
         }
 }
