@@ -135,17 +135,17 @@ def _choose_parts(resolved: Resolved) -> dict[str, Any]:
     if config.deterministic and Cap.BATCH_INVARIANT not in parts["attention"].gives:
         raise ConfigError(
             f"deterministic needs BATCH_INVARIANT, which attention {config.attention!r} does not "
-            f"give; attention 'invariant' does"
+            f"give; 'invariant' and 'native' do"
         )
     return parts
 
 
 def _best_attention(deterministic: bool) -> tuple[str, str, str]:
     """Name, source and reason of the attention backend, where the user left it to us."""
-    if deterministic:
-        return "invariant", "derived", "the same bits in any batch"
     if native.available():
         return "native", "device", f"reads pages in place ({native.reason()})"
+    if deterministic:
+        return "invariant", "derived", "the same bits in any batch, in plain torch"
     return "cpu", "device", f"plain torch: {native.reason()}"
 
 

@@ -64,7 +64,11 @@ def expected(engine: Engine, requests: list[Request]) -> dict[tuple[str, int], l
     found = {}
     for request in requests:
         tokens = naive_generate(
-            decoder, engine.spec, request.prompt, request.sampling.max_tokens or 0, engine.spec.eos_ids
+            decoder,
+            engine.spec,
+            request.prompt,
+            request.sampling.max_tokens or 0,
+            engine.spec.eos_ids,
         )
         for index in range(request.sampling.n):
             found[request.id, index] = tokens
@@ -122,7 +126,10 @@ def test_page_sizes_and_backends(
 ) -> None:
     requests, answers = wanted("gemma2")
     engine = make_engine(
-        tiny_folder("gemma2"), page_size=page_size, pages=240 // page_size + 2, max_len=60,
+        tiny_folder("gemma2"),
+        page_size=page_size,
+        pages=240 // page_size + 2,
+        max_len=60,
         attention=attention,
     )
     assert run(engine, requests, seed=5) == answers

@@ -18,6 +18,7 @@ from torch import Tensor
 from kvarn.core.part import Part
 from kvarn.kernels.attention import Ints, PagedRows
 from kvarn.kernels.attention.reference import attend
+from kvarn.kernels.attention.storage import zeros
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 BLOCK = 128  #: rows of a chunk that go through together

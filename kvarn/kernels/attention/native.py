@@ -12,6 +12,7 @@ from kvarn.core.errors import ConfigError
 from kvarn.core.part import Cap, Part
 from kvarn.kernels import native
 from kvarn.kernels.attention import Ints, PagedRows
+from kvarn.kernels.attention.storage import zeros
 
 BLOCK = 96  #: rows of one item of work, the query heads of a KV head counted as rows
 
