@@ -310,7 +310,7 @@ class EngineClient:
 
     def _obituary(self) -> str:
         detail = f": {self.failure}" if self.failure else ""
-        return f"the engine process ended while requests were open{detail}"
+        return f"the engine process ended unexpectedly{detail}"
 
     async def _start_again(self) -> None:
         pause = FIRST_PAUSE * 2 ** (self._quick_deaths - 1)

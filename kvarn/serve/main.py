@@ -73,6 +73,26 @@ def cannot_listen(options: ServeOptions, error: Exception) -> str:
     )
 
 
+def options_table(resolved: Resolved) -> Table:
+    """The options that are not at their defaults, and why."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("option", "value", "because"):
+        table.add_column(column)
+    for row in resolved.rows():
+        if row["source"] != "default":
+            value = f"{row['value']} {row['unit']}".strip()
+            table.add_row(row["option"], value, f"{row['source']}: {row['why']}".rstrip(": "))
+    return table
+
+
+def example(address: str, service: Service) -> str:
+    """A command that works against this server."""
+    if service.tokenizer is None:
+        return f"curl {address}/v1/completions -d '{{\"prompt\": [1, 2, 3]}}'"
+    message = '{"messages": [{"role": "user", "content": "Hello"}]}'
+    return f"curl {address}/v1/chat/completions -d '{message}'"
+
+
 def loop_runner() -> Callable[..., int]:
     """`asyncio.run`, on uvloop where that is installed."""
     try:
@@ -145,7 +165,7 @@ class Server:
     async def _until_end(self, service: Service, listener: socket.socket) -> int:
         """Wait for a signal (then drain: 0) or for the engine to fail for good (1)."""
         host, port = listener.getsockname()[:2]
-        address = f"http://{host}:{port}"
+        address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         failed = asyncio.create_task(self.client.until(State.FAILED))
         stopped = asyncio.create_task(self._stop.wait())
         started = asyncio.create_task(self._announce(service, address))
@@ -160,19 +180,14 @@ class Server:
 
     async def _announce(self, service: Service, address: str) -> None:
         """Say where the server listens, and what is in force once the model is loaded."""
-        log.info("kvarn %s on %s, loading %s", __version__, address, service.model)
+        console = Console(stderr=True, highlight=False)
+        console.print(f"kvarn {__version__} on {address}, loading {service.model}", soft_wrap=True)
         await self.client.until(State.READY)
         info = self.client.info
         assert info is not None
-        table = Table(title=f"{service.model} is ready on {address}", title_justify="left")
-        columns = ("option", "value", "unit", "source", "why")
-        for column in columns:
-            table.add_column(column)
-        for row in info.resolved.rows():
-            if row["source"] != "default":
-                table.add_row(*(str(row[column]) for column in columns))
-        table.add_row("start-up", f"{info.seconds:.1f}", "s", "measured", "engine process")
-        Console(stderr=True).print(table)
+        console.print(options_table(info.resolved))
+        ready = f"{service.model} is ready after {info.seconds:.1f} s; try"
+        console.print(f"{ready}: {example(address, service)}", soft_wrap=True, markup=False)
 
     async def _drain(self, service: Service) -> None:
         """Refuse new requests and let open ones finish; a second signal cuts that short."""

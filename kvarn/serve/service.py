@@ -87,7 +87,7 @@ class Service:
             await call.accepted()
         except RequestError as error:
             self.metrics.refused.labels(error.code).inc(len(requests))
-            log.warning("%s  refused: %s", label, error.message)
+            log.warning("%s  refused: %s", label, error.message.partition("\n")[0])
             raise
         return call
 

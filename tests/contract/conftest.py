@@ -7,23 +7,23 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import httpx
 import pytest
 
 HERE = Path(__file__).parent
-PATIENCE = 30.0  #: for a server to become ready or to end [s]
+PATIENCE = 60.0  #: for a server to become ready or to end [s]
 
 
 class Running:
     """A server process: its address, its log, and a client."""
 
-    def __init__(self, *options: str) -> None:
+    def __init__(self, *options: str, command: Sequence[str] = (str(HERE / "launch.py"),)) -> None:
         root = HERE.parent.parent
         env = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{root}"}
-        command = [sys.executable, str(HERE / "launch.py"), *options]
+        command = [sys.executable, *command, *options]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
         self.lines: list[str] = []
         threading.Thread(target=self._read, daemon=True).start()
