@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvarn.kernels.timing import compare
+
 
 def merge(states: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Attention over the union of disjoint sets of KV, from the attention over each.
@@ -20,3 +22,14 @@ def merge(states: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     assert isinstance(o, Tensor)
     o = o / total.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
     return o.to(states[0][0].dtype), peak + total.log()
+
+
+def bench() -> None:
+    """Two and eight states of 16 rows and 9 heads of 64, fp32."""
+    for parts in (2, 8):
+        states = [(torch.randn(16, 9, 64), torch.randn(16, 9)) for _ in range(parts)]
+        compare(f"merge of {parts} [16, 9, 64]", torch=lambda: merge(states))  # noqa: B023
+
+
+if __name__ == "__main__":
+    bench()

@@ -1,7 +1,5 @@
 """RMSNorm, alone and with the residual addition before it; statistics in fp32."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm as torch_rms_norm
@@ -15,7 +13,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     kernel = native.kernel("rms_norm", x)
     if kernel is None:
         return plain(x, weight, eps)
-    return _call(kernel, x, None, weight, eps)[0]
+    shape, dim = x.shape, x.shape[-1]
+    if x.dim() not in (2, 3) or x.stride(-1) != 1:
+        x = x.contiguous().view(-1, dim)
+    out = torch.empty(shape, dtype=x.dtype)
+    kernel(
+        x.data_ptr(), x.shape[0], x.shape[1] if x.dim() == 3 else 1, dim, x.stride(0), x.stride(-2),
+        None, *_factor(weight, x.dtype), eps, out.data_ptr(), None,
+    )  # fmt: skip
+    return out
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -24,7 +30,21 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     if kernel is None or residual.requires_grad or residual.dtype != x.dtype:
         total = x + residual
         return plain(total, weight, eps), total
-    return _call(kernel, x, residual.contiguous(), weight, eps)
+    shape, dim = x.shape, x.shape[-1]
+    x, residual = x.contiguous(), residual.contiguous()
+    out, total = torch.empty(shape, dtype=x.dtype), torch.empty(shape, dtype=x.dtype)
+    kernel(
+        x.data_ptr(), shape.numel() // dim, 1, dim, dim, 0, residual.data_ptr(),
+        *_factor(weight, x.dtype), eps, out.data_ptr(), total.data_ptr(),
+    )  # fmt: skip
+    return out, total
+
+
+def _factor(weight: Tensor, dtype: torch.dtype) -> tuple[int, bool]:
+    """Address of the weight, and whether it is in fp32."""
+    if weight.dtype not in (torch.float32, dtype):
+        raise TypeError(f"the norm's weight is {weight.dtype}; it must be float32 or {dtype}")
+    return weight.data_ptr(), weight.dtype == torch.float32
 
 
 def plain(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -36,27 +56,6 @@ def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The definition, in fp32."""
     wide = x.float()
     return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()
-
-
-def _call(
-    kernel: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """(normed, sum); without a residual the sum is x. Heads [T, H, d] are read in place."""
-    dim = x.shape[-1]
-    if residual is not None or x.dim() not in (2, 3) or x.stride(-1) != 1:
-        x = x.contiguous().view(-1, dim)
-    shape = x.shape if residual is None else residual.shape
-    out = torch.empty(shape, dtype=x.dtype)
-    total = x if residual is None else torch.empty(shape, dtype=x.dtype)
-    if weight.dtype not in (torch.float32, x.dtype):
-        weight = weight.to(x.dtype)
-    kernel(
-        x.data_ptr(), x.shape[0], x.shape[1] if x.dim() == 3 else 1, dim, x.stride(0), x.stride(-2),
-        None if residual is None else residual.data_ptr(),
-        weight.data_ptr(), weight.dtype == torch.float32, eps,
-        out.data_ptr(), None if residual is None else total.data_ptr(),
-    )  # fmt: skip
-    return out, total
 
 
 def bench() -> None:

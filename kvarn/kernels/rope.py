@@ -68,12 +68,20 @@ def apply(q: Tensor, k: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
 
     Views into one fused row (k's heads right after q's) are rotated by one operation.
     """
-    joined = _joined(q, k)
-    if joined is None:
+    t, heads, dim = q.shape
+    more = k.shape[1]
+    strides = q.stride()
+    side_by_side = (
+        k.data_ptr() == q.data_ptr() + heads * dim * q.element_size()
+        and k.stride() == strides
+        and strides[1] == dim
+        and strides[2] == 1
+    )
+    if not side_by_side:
         return _rotate(q, angles), _rotate(k, angles)
-    heads = q.shape[1]
-    turned = _rotate(joined, angles)
-    return turned[:, :heads], turned[:, heads:]
+    out = _rotate(q.as_strided((t, heads + more, dim), strides), angles)
+    turned_q, turned_k = out.split_with_sizes((heads, more), 1)
+    return turned_q, turned_k
 
 
 def _rotate(x: Tensor, angles: Angles) -> Tensor:
@@ -96,20 +104,6 @@ def plain(x: Tensor, angles: Angles) -> Tensor:
     cos, sin = angles.narrow or (angles.cos, angles.sin)
     swapped = torch.cat((x[..., half:], x[..., :half]), -1)
     return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
-
-
-def _joined(q: Tensor, k: Tensor) -> Tensor | None:
-    """One view over q's and k's heads, or None where they do not lie side by side."""
-    n, heads, dim = q.shape
-    side_by_side = (
-        q.stride() == k.stride()
-        and q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
-        and q.stride()[1:] == (dim, 1)
-        and k.storage_offset() == q.storage_offset() + heads * dim
-    )
-    if not side_by_side:
-        return None
-    return q.as_strided((n, heads + k.shape[1], dim), q.stride(), q.storage_offset())
 
 
 def reference(x: Tensor, positions: Tensor, inverse: Tensor) -> Tensor:

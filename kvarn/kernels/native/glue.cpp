@@ -6,7 +6,7 @@
 
 namespace kvarn {
 
-constexpr int64_t SERIAL = 16384;  // elements below which a second thread costs more than it brings
+constexpr int64_t SERIAL = 65536;  // elements below which a second thread costs more than it brings
 
 template <class T>
 inline Floats get_upto(const T* p, int64_t left) {
