@@ -27,7 +27,11 @@ class RequestError(KvarnError):
     """
 
     def __init__(
-        self, message: str, *, param: str | None = None, code: str = "invalid_value",
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str = "invalid_value",
         status: int = 400,
     ) -> None:
         super().__init__(message)
