@@ -51,9 +51,7 @@ class ModelSpec:
     max_len: int  #: longest context the model was made for [tokens]
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_local_theta: float | None = (
-        None  #: theta of sliding-window layers where it differs (Gemma 3)
-    )
+    rope_local_theta: float | None = None  #: of sliding-window layers that differ (Gemma 3)
     rope_scaling: RopeScaling | None = None
     windows: tuple[int | None, ...] = ()  #: one entry a layer; () means full attention everywhere
     activation: Activation = "silu"
