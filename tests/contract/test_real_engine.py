@@ -187,13 +187,9 @@ def test_client_that_goes_away(smollm2: Running) -> None:
     with httpx.Client(timeout=30) as client:
         url = f"{smollm2.url}/v1/completions"
         with client.stream("POST", url, json=body) as response:
-            assert b"choices" in next(response.iter_bytes())
-            stats = smollm2.info["stats"]
-            assert stats["kv_pages_used"] > 0, (
-                stats["finished"],
-                stats["steps"],
-                smollm2.log[-1500:],
-            )
+            chunks = response.iter_bytes()
+            next(chunks)
+            assert smollm2.info["stats"]["kv_pages_used"] > 0
     smollm2.wait(lambda: smollm2.info["stats"]["kv_pages_used"] == 0)
     assert smollm2.info["stats"]["finished"]["abort"] == 1
 
