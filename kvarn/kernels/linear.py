@@ -1,7 +1,7 @@
 """y = x W^T + b in the forms that pay on a CPU: plain, packed, int8, batch-invariant."""
 
 import warnings
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +31,10 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def wide(self, x: Tensor) -> Tensor:
+        """The product in fp32, for logits: bf16 steps by an eighth where logits are decided."""
+        return self(x).float()
 
 
 class Plain(Linear):
@@ -84,15 +88,23 @@ class Native(Linear):
         self.wide_bias = None if bias is None else bias.float()
         self.weight_bytes = self.packed.numel() * self.packed.element_size()
         self._run = run
+        self._run_wide = native.kernel("linear_wide", weight)
         self._packed_at = self.packed.data_ptr()
         self._bias_at = None if self.wide_bias is None else self.wide_bias.data_ptr()
 
     def __call__(self, x: Tensor) -> Tensor:
+        return self._multiply(x, self._run, self.dtype)
+
+    def wide(self, x: Tensor) -> Tensor:
+        """The sums as they are, never rounded to bf16."""
+        return self._multiply(x, self._run_wide, torch.float32)
+
+    def _multiply(self, x: Tensor, run: Any, kind: torch.dtype) -> Tensor:
         if x.stride(1) != 1 or x.stride(0) % 2:
             x = x.contiguous()
         t = x.shape[0]
-        y = torch.empty((t, self.n_out), dtype=self.dtype)
-        self._run(
+        y = torch.empty((t, self.n_out), dtype=kind)
+        run(
             x.data_ptr(), t, self.n_in, x.stride(0), self._packed_at, self._bias_at, self.n_out,
             y.data_ptr(),
         )  # fmt: skip

@@ -141,7 +141,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor, tap: Tap | None = None) -> Tensor:
         """Logits [R, vocab] in fp32 of hidden states [R, hidden] from `forward`, capped."""
-        x = self.head(hidden).float()
+        x = self.head.wide(hidden)
         cap = self.spec.logit_softcap
         if cap is not None:
             x = torch.tanh(x / cap) * cap

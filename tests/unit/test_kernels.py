@@ -253,3 +253,16 @@ def test_a_broken_compiler_is_a_reason_not_a_crash(monkeypatch, tmp_path):
         assert "/bin/false failed" in native.reason()
     finally:
         native._outcome.cache_clear()
+
+
+@pytest.mark.parametrize("mode", ["plain", "packed", NATIVE])
+@pytest.mark.parametrize("rows", [0, 1, 5, 13])
+def test_wide_products_are_fp32(mode, rows):
+    """The compiled form does not round the sums to bf16 on the way; the others may."""
+    torch.manual_seed(1)
+    weight, x = torch.randn(70, 64).bfloat16(), torch.randn(rows, 64).bfloat16()
+    y = make_linear(weight, None, mode).wide(x)
+    exact = x.float() @ weight.float().T
+    assert y.dtype == torch.float32
+    tolerance = 1e-4 if mode == "native" else 1e-1
+    torch.testing.assert_close(y, exact, rtol=tolerance, atol=tolerance)

@@ -36,6 +36,7 @@ _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 SIGNATURES: dict[str, list[Any]] = {
     "pack": [_P, _I, _I, _P],
     "linear": [_P, _I, _I, _I, _P, _P, _I, _P],
+    "linear_wide": [_P, _I, _I, _I, _P, _P, _I, _P],
     "rms_norm": [_P, _I, _I, _I, _I, _I, _P, _P, _I, _F, _P, _P],
     "rope": [_P, _I, _I, _I, _I, _P, _P, _P],
     "gated": [_P, _I, _I, _I, _I, _P],

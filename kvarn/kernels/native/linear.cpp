@@ -1,5 +1,6 @@
 // y = x W^T + b on packed weights: panels of 32 outputs, [panel][k words][32], zero padded.
 // An output is one chain of sums over k whatever the number of rows: results are batch-invariant.
+// T is the type of x and W, U the type of y: T, or float for logits.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -31,9 +32,9 @@ void pack(const T* w, int64_t n, int64_t k, uint32_t* out) {
             }
 }
 
-template <class T, int M>
+template <class T, class U, int M>
 void tile(const T* x, int64_t x_stride, const uint32_t* panel, int64_t words, const float* bias,
-          int64_t width, const uint32_t* ahead, T* y, int64_t n) {
+          int64_t width, const uint32_t* ahead, U* y, int64_t n) {
     Floats acc[M][2];
     const uint32_t* rows[M];
     for (int i = 0; i < M; i++) {
@@ -48,25 +49,26 @@ void tile(const T* x, int64_t x_stride, const uint32_t* panel, int64_t words, co
         const Floats add = bias ? get_some(bias + j * 16, some) : Floats{};
         for (int i = 0; i < M; i++) {
             const Floats sum = bias ? acc[i][j] + add : acc[i][j];
-            if (some == 16) Lane<T>::put(y + i * n + j * 16, sum);
+            if (some == 16) Lane<U>::put(y + i * n + j * 16, sum);
             else put_some(y + i * n + j * 16, sum, some);
         }
     }
 }
 
-template <class T>
+template <class T, class U>
 using Tile = void (*)(const T*, int64_t, const uint32_t*, int64_t, const float*, int64_t,
-                      const uint32_t*, T*, int64_t);
+                      const uint32_t*, U*, int64_t);
 
-template <class T>
-constexpr Tile<T> TILES[ROWS + 1] = {
-    nullptr,    tile<T, 1>, tile<T, 2>, tile<T, 3>, tile<T, 4>,  tile<T, 5>,  tile<T, 6>,
-    tile<T, 7>, tile<T, 8>, tile<T, 9>, tile<T, 10>, tile<T, 11>, tile<T, 12>,
+template <class T, class U>
+constexpr Tile<T, U> TILES[ROWS + 1] = {
+    nullptr,       tile<T, U, 1>, tile<T, U, 2>, tile<T, U, 3>,  tile<T, U, 4>,
+    tile<T, U, 5>, tile<T, U, 6>, tile<T, U, 7>, tile<T, U, 8>,  tile<T, U, 9>,
+    tile<T, U, 10>, tile<T, U, 11>, tile<T, U, 12>,
 };
 
-template <class T>
+template <class T, class U>
 void run(const T* x, int64_t t, int64_t k, int64_t x_stride, const uint32_t* packed,
-         const float* bias, int64_t n, T* y) {
+         const float* bias, int64_t n, U* y) {
     const int64_t words = k / Lane<T>::per_word;
     const int64_t panels = (n + PANEL - 1) / PANEL;
     const int64_t chunks = (t + CHUNK - 1) / CHUNK;
@@ -82,7 +84,7 @@ void run(const T* x, int64_t t, int64_t k, int64_t x_stride, const uint32_t* pac
                 // every panel bring the next one into the cache, half of it each
                 const bool bring = tiles > 1 && i < 2 && chunk == 0 && panel + 1 < panels;
                 const uint32_t* here = packed + at * words;
-                TILES<T>[to - from](x + from * x_stride, x_stride, here, words,
+                TILES<T, U>[to - from](x + from * x_stride, x_stride, here, words,
                                     bias ? bias + at : nullptr, n - at,
                                     bring ? here + PANEL * words + 16 * i : nullptr,
                                     y + from * n + at, n);
@@ -106,6 +108,16 @@ void kvarn_linear_f32(const float* x, int64_t t, int64_t k, int64_t x_stride, co
 
 void kvarn_linear_bf16(const bf16* x, int64_t t, int64_t k, int64_t x_stride, const uint32_t* packed,
                        const float* bias, int64_t n, bf16* y) {
+    kvarn::run(x, t, k, x_stride, packed, bias, n, y);
+}
+
+void kvarn_linear_wide_f32(const float* x, int64_t t, int64_t k, int64_t x_stride,
+                           const uint32_t* packed, const float* bias, int64_t n, float* y) {
+    kvarn::run(x, t, k, x_stride, packed, bias, n, y);
+}
+
+void kvarn_linear_wide_bf16(const bf16* x, int64_t t, int64_t k, int64_t x_stride,
+                            const uint32_t* packed, const float* bias, int64_t n, float* y) {
     kvarn::run(x, t, k, x_stride, packed, bias, n, y);
 }
 }
