@@ -44,7 +44,6 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "chat_template": ((), "the model's own chat template is used"),
     "documents": (([],), "pass them in chat_template_kwargs if the template knows them"),
     "spaces_between_special_tokens": ((True,), "leave it out"),
-    "return_token_ids_only": ((False,), "use return_token_ids"),
     "logits_processors": (([],), "use logit_bias, bad_words or structured output"),
     "lora_path": ((), "adapters are not supported"),
 }
