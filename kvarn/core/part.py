@@ -23,6 +23,8 @@ class Cap(Enum):
     WINDOW_HOLES = "leading pages of a table may be given back"
     FULL_LOGITS = "logits of every position, not only the last"
     BATCH_INVARIANT = "results do not depend on the rest of the batch"
+    CPU_DEVICE = "computation on the CPU"
+    CUDA_DEVICE = "computation on an NVIDIA GPU"
     STEP_TIMES = "measured or modelled time of a step"
 
 
@@ -52,6 +54,7 @@ BUILT_IN: dict[tuple[str, str], str] = {
     ("attention", "cpu"): "kvarn.kernels.attention.cpu:CPUAttention",
     ("attention", "invariant"): "kvarn.kernels.attention.invariant:Invariant",
     ("attention", "native"): "kvarn.kernels.attention.native:NativeAttention",
+    ("attention", "triton"): "kvarn.kernels.attention.triton:TritonAttention",
 }
 
 

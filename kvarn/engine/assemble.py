@@ -17,6 +17,7 @@ from kvarn.kv.prefix import PrefixIndex
 from kvarn.kv.sizing import bytes_of, pages_by_group, pages_for_bytes
 from kvarn.models.fit import GIB, free_memory
 from kvarn.models.load import Model, load
+from kvarn.models.precision import choose_device
 from kvarn.runner.executor import Runner
 from kvarn.runner.grammar import GrammarCompiler
 from kvarn.runner.memory import Ledger, workspace_bytes
@@ -25,6 +26,7 @@ from kvarn.runner.sampler import Sampler
 from kvarn.schedule.control import Capacity, ControlPlane
 
 KV_SHARE = {"cpu": 0.25, "cuda": 0.9}  #: of the free memory, where kv_memory is not given
+DEVICE_CAPS = {"cpu": Cap.CPU_DEVICE, "cuda": Cap.CUDA_DEVICE}
 KV_MOST_CPU = 4 * GIB  #: a laptop's memory is not ours alone
 
 
@@ -70,10 +72,11 @@ def assemble(resolved: Resolved) -> Assembly:
     """Build every part of an engine; errors come before anything large is allocated."""
     config = resolved.config
     began = time.perf_counter()
-    parts = _choose_parts(resolved)
+    here = DEVICE_CAPS[choose_device(resolved).type]
+    parts = _choose_parts(resolved, here)
     compiled = time.perf_counter() - began
     capabilities = solve(
-        list(parts.values()), base={Cap.PAGED_KV, Cap.TABLE_GROUPS, Cap.WINDOW_HOLES}
+        list(parts.values()), base={Cap.PAGED_KV, Cap.TABLE_GROUPS, Cap.WINDOW_HOLES, here}
     )
     model = load(resolved)
     spec, device = model.spec, model.device
@@ -120,11 +123,11 @@ def assemble(resolved: Resolved) -> Assembly:
     )
 
 
-def _choose_parts(resolved: Resolved) -> dict[str, Any]:
-    """The class of every part by kind; an unknown name is an error here, before any loading."""
+def _choose_parts(resolved: Resolved, here: Cap) -> dict[str, Any]:
+    """The class of every part by kind; what is unknown or runs elsewhere is an error here."""
     config = resolved.config
     if config.attention == "auto":
-        resolved.choose("attention", *_best_attention(config.deterministic))
+        resolved.choose("attention", *_best_attention(config.deterministic, here))
     parts = {
         "scheduler": find("scheduler", config.scheduler),
         "attention": find("attention", config.attention),
@@ -132,16 +135,26 @@ def _choose_parts(resolved: Resolved) -> dict[str, Any]:
     if config.prefix != "none":
         parts["prefix"] = find("prefix", config.prefix)
         parts["evict"] = find("evict", config.evict)
+    elsewhere = parts["attention"].needs & (set(DEVICE_CAPS.values()) - {here})
+    if elsewhere:
+        wanted = next(iter(elsewhere))
+        device = next(name for name, cap in DEVICE_CAPS.items() if cap is wanted)
+        raise ConfigError(
+            f"attention {config.attention!r} runs on device={device} only, and the device is "
+            f"{config.device}; attention=auto takes one that fits"
+        )
     if config.deterministic and Cap.BATCH_INVARIANT not in parts["attention"].gives:
         raise ConfigError(
             f"deterministic needs BATCH_INVARIANT, which attention {config.attention!r} does not "
-            f"give; 'invariant' and 'native' do"
+            f"give; 'invariant' and 'native' do, on device=cpu"
         )
     return parts
 
 
-def _best_attention(deterministic: bool) -> tuple[str, str, str]:
+def _best_attention(deterministic: bool, here: Cap) -> tuple[str, str, str]:
     """Name, source and reason of the attention backend, where the user left it to us."""
+    if here is Cap.CUDA_DEVICE:
+        return "triton", "device", "reads pages in place on the GPU"
     if native.available():
         return "native", "device", f"reads pages in place ({native.reason()})"
     if deterministic:

@@ -10,6 +10,10 @@ from kvarn.kernels.timing import compare
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension; x [..., D], weight [D]; result in x's dtype."""
+    if x.is_cuda and not x.requires_grad:
+        from kvarn.kernels.triton import norm
+
+        return norm.rms_norm(x, weight, eps)
     kernel = native.kernel("rms_norm", x)
     if kernel is None:
         return plain(x, weight, eps)
@@ -26,6 +30,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual), x + residual), all [..., D]; the sum goes on as the residual."""
+    if x.is_cuda and not x.requires_grad and not residual.requires_grad:
+        from kvarn.kernels.triton import norm
+
+        return norm.add_rms_norm(x, residual, weight, eps)
     kernel = native.kernel("rms_norm", x)
     if kernel is None or residual.requires_grad or residual.dtype != x.dtype:
         total = x + residual

@@ -58,7 +58,7 @@ class Rope:
         """Angles of rows at `positions` [T] (int64); once a step."""
         cos = self.cos.index_select(0, positions).unsqueeze(1)
         sin = self.sin.index_select(0, positions).unsqueeze(1)
-        if self.dtype == torch.float32 or (cos.is_cpu and native.available()):
+        if self.dtype == torch.float32 or cos.is_cuda or native.available():
             return Angles(cos, sin)
         return Angles(cos, sin, (cos.to(self.dtype), sin.to(self.dtype)))
 
@@ -68,6 +68,10 @@ def apply(q: Tensor, k: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
 
     Views into one fused row (k's heads right after q's) are rotated by one operation.
     """
+    if q.is_cuda and not q.requires_grad:
+        from kvarn.kernels.triton.rope import rotate
+
+        return rotate(q, k, angles.cos, angles.sin)
     t, heads, dim = q.shape
     more = k.shape[1]
     strides = q.stride()

@@ -1,6 +1,7 @@
 """`Runner`: executes plans on a model. prepare, forward, sample; there is no second path."""
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from kvarn.core.model import GroupSpec, ModelSpec
 from kvarn.core.plan import SeqStart, SpanResult, StepPlan, StepResult, TokenLogprobs
 from kvarn.kernels.attention import AttentionBackend
+from kvarn.kernels.upload import upload
 from kvarn.models.decoder import Decoder
 from kvarn.models.points import Tap
 from kvarn.runner.batch import Batch, build
@@ -59,11 +61,14 @@ class Runner:
         self._special: set[int] = set()  # rows that want more than tokens: see _extras
         self._pooled: dict[int, Tensor] = {}  # by row: sum of hidden states of an embedding request
         self._thread: ThreadPoolExecutor | None = None
+        _use(decoder.device)()
 
     def launch(self, plan: StepPlan) -> "Future[StepResult]":
         """Run the step on this runner's own thread, after those launched before."""
         if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvarn-runner")
+            self._thread = ThreadPoolExecutor(
+                1, thread_name_prefix="kvarn-runner", initializer=_use(self.decoder.device)
+            )
         return self._thread.submit(self.run, plan)
 
     def close(self) -> None:
@@ -119,8 +124,7 @@ class Runner:
             return layer_plans[layer].run(cache[layer], q, k, v)[0]
 
         device = self.decoder.device
-        tokens = torch.from_numpy(batch.tokens).to(device)
-        positions = torch.from_numpy(batch.positions).to(device)
+        tokens, positions = upload([batch.tokens, batch.positions], torch.int64, device)
         return self.decoder.forward(tokens, positions, attend, self.tap)
 
     def _sample(self, batch: Batch, hidden: Tensor, result: StepResult) -> None:
@@ -129,7 +133,7 @@ class Runner:
             return
         wanted = hidden
         if len(batch.logits_at) < len(hidden):
-            wanted = hidden[torch.from_numpy(batch.logits_at).to(hidden.device)]
+            wanted = hidden[upload([batch.logits_at], torch.int64, hidden.device)[0]]
         logits = self.decoder.logits(wanted, self.tap)
         rows = batch.rows[batch.logits_spans]
         lengths = batch.ends[batch.logits_spans]
@@ -185,3 +189,13 @@ class Runner:
             logits = self.decoder.logits(hidden[at : at + len(part)])
             scores += logprobs(logits, part.tolist(), count)
         return scores
+
+
+def _use(device: torch.device) -> Callable[[], None]:
+    """Makes `device` the calling thread's own, which kernels are launched on."""
+
+    def use() -> None:
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
+
+    return use

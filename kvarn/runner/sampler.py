@@ -20,6 +20,7 @@ from torch import Tensor
 from kvarn.core.errors import RequestError
 from kvarn.core.plan import TokenLogprobs
 from kvarn.core.request import SamplingParams
+from kvarn.kernels.upload import upload
 from kvarn.runner.choose import argmax, draw, lowest_kept
 from kvarn.runner.grammar import GrammarCompiler
 from kvarn.runner.logprobs import logprobs
@@ -163,7 +164,7 @@ class Sampler:
         return result
 
     def _index(self, numbers: Ints) -> Tensor:
-        return torch.from_numpy(numbers).to(self._device)
+        return upload([numbers], torch.int64, self._device)[0]
 
     def _apply_rules(
         self,
@@ -202,14 +203,14 @@ class Sampler:
         if filtered.size:
             some = weights if len(filtered) == len(state) else weights[self._index(filtered)]
             top_k = self._index(state["top_k"][filtered])
-            top_p = torch.from_numpy(state["top_p"][filtered]).to(self._device)
+            top_p = upload([state["top_p"][filtered]], torch.float64, self._device)[0]
             lowest = torch.zeros_like(best)
             lowest[self._index(filtered)] = lowest_kept(some, top_k, top_p)
             weights.masked_fill_(weights < lowest[:, None], 0.0)
-        return draw(weights, torch.from_numpy(u).to(self._device)), best
+        return draw(weights, upload([u], torch.float64, self._device)[0]), best
 
     def _column(self, numbers: NDArray[np.float32]) -> Tensor:
-        return torch.from_numpy(numbers.astype(np.float32)).to(self._device)[:, None]
+        return upload([numbers], torch.float32, self._device)[0][:, None]
 
     def _find_faults(
         self, best: Tensor, group: Ints, rows: Ints, lengths: Ints, result: Sampled

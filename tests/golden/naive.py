@@ -22,8 +22,8 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, spec: ModelSpec, layer: int
     scores = torch.einsum("qhd,khd->hqk", q.float(), keys) * spec.scale
     if spec.attn_softcap is not None:
         scores = torch.tanh(scores / spec.attn_softcap) * spec.attn_softcap
-    at_q = torch.arange(n_k - n_q, n_k).unsqueeze(1)
-    at_k = torch.arange(n_k)
+    at_q = torch.arange(n_k - n_q, n_k, device=q.device).unsqueeze(1)
+    at_k = torch.arange(n_k, device=q.device)
     visible = at_k <= at_q
     window = spec.window(layer)
     if window is not None:
@@ -44,8 +44,9 @@ def dense_attend(spec: ModelSpec) -> Attend:
 @torch.inference_mode()
 def naive_logits(decoder: Decoder, spec: ModelSpec, tokens: Sequence[int]) -> Tensor:
     """Logits [T, vocab] of every position of `tokens`, in one dense pass."""
-    ids = torch.tensor(tokens, dtype=torch.int64)
-    hidden = decoder.forward(ids, torch.arange(len(tokens)), dense_attend(spec))
+    ids = torch.tensor(tokens, dtype=torch.int64, device=decoder.device)
+    positions = torch.arange(len(tokens), device=decoder.device)
+    hidden = decoder.forward(ids, positions, dense_attend(spec))
     return decoder.logits(hidden)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvarn.core.part import Part
+from kvarn.core.part import Cap, Part
 from kvarn.kernels.attention import Ints, PagedRows
 from kvarn.kernels.attention.reference import attend
 from kvarn.kernels.attention.storage import zeros
@@ -234,6 +234,7 @@ class CPUAttention(Part):
     name: ClassVar[str] = "cpu"
     kind: ClassVar[str] = "attention"
     regime: ClassVar[str] = "any CPU, any batch; attention=native is faster where it can be built"
+    needs: ClassVar[frozenset[Cap]] = frozenset({Cap.CPU_DEVICE})
 
     def allocate(
         self,

@@ -95,6 +95,7 @@ class NativeAttention(Part):
     kind: ClassVar[str] = "attention"
     paper: ClassVar[str] = "2501.01005"
     regime: ClassVar[str] = "any batch on a CPU with a C++ compiler; bitwise the same in any batch"
+    needs: ClassVar[frozenset[Cap]] = frozenset({Cap.CPU_DEVICE})
     gives: ClassVar[frozenset[Cap]] = frozenset({Cap.BATCH_INVARIANT})
 
     def __init__(self) -> None:

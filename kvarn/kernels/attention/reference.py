@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvarn.core.part import Part
+from kvarn.core.part import Cap, Part
 from kvarn.kernels.attention import PagedRows
 
 
@@ -88,6 +88,7 @@ class Reference(Part):
     name: ClassVar[str] = "reference"
     kind: ClassVar[str] = "attention"
     regime: ClassVar[str] = "the oracle of the tests; slow everywhere"
+    needs: ClassVar[frozenset[Cap]] = frozenset({Cap.CPU_DEVICE})
 
     def allocate(
         self,

@@ -1,0 +1,1 @@
+"""Kernels for NVIDIA GPUs in Triton, one operation a file. Imported only where a GPU computes."""
