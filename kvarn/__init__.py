@@ -5,6 +5,7 @@
 >>> llm.generate("The capital of France is", SamplingParams(max_tokens=8))[0].text
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,12 @@ __all__ = ["LLM", "SamplingParams", "__version__"]
 if TYPE_CHECKING:
     from kvarn.core.request import SamplingParams
     from kvarn.engine.llm import LLM
+
+# OpenMP threads that wait for each other by spinning lose whole scheduler slices as soon as anything
+# else wants a core (a client of the server, say): decoding was seen to fall from 70 to 5 tokens/s.
+# A short spin before sleeping costs some speed on an idle machine. It counts only if it is set before
+# torch is imported; set the variable yourself to choose otherwise.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _HOMES = {"LLM": "kvarn.engine.llm", "SamplingParams": "kvarn.core.request"}
 
