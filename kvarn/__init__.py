@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from kvarn.core.request import SamplingParams
     from kvarn.engine.llm import LLM
 
-# OpenMP threads that wait for each other by spinning lose whole scheduler slices as soon as anything
-# else wants a core (a client of the server, say): decoding was seen to fall from 70 to 5 tokens/s.
-# A short spin before sleeping costs some speed on an idle machine. It counts only if it is set before
-# torch is imported; set the variable yourself to choose otherwise.
+# OpenMP threads that wait by spinning lose whole scheduler slices as soon as anything else wants a
+# core (a client of the server, say): decoding was seen to fall from 70 to 5 tokens/s. A short spin
+# before sleeping costs some speed on an idle machine. It counts only when set before torch is
+# imported; set the variable yourself to choose otherwise.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _HOMES = {"LLM": "kvarn.engine.llm", "SamplingParams": "kvarn.core.request"}
