@@ -127,7 +127,7 @@ def _chat() -> Any:
         engine=EngineConfig,
         sampling=SamplingParams,
         skip=(*NO_FLAG, "n", "logprobs", "logprobs_mode"),
-        defaults={"max_tokens": 512, "temperature": 0.7, "top_p": 0.95},
+        defaults={"max_tokens": 512, "temperature": 0.2, "top_p": 0.9},
     )
     def chat(
         engine: dict[str, Any],
@@ -151,7 +151,7 @@ def _generate() -> Any:
         engine=EngineConfig,
         sampling=SamplingParams,
         skip=NO_FLAG,
-        defaults={"max_tokens": 128},
+        defaults={"max_tokens": 128, "temperature": 0.0},
     )
     def generate(
         engine: dict[str, Any],

@@ -55,7 +55,7 @@ class Engine:
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                text=True, env=os.environ | self.environ, start_new_session=True,
+                text=True, env=_outside() | self.environ, start_new_session=True,
             )  # fmt: skip
         ready = self._answer()
         self.about, self.startup = ready["about"], ready["ready"]
@@ -84,6 +84,11 @@ class Engine:
         if self.process is not None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+
+
+def _outside() -> dict[str, str]:
+    """The environment without what `import kvarn` has set: a peer keeps its own spinning."""
+    return {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
 
 
 def engines(options: argparse.Namespace, gguf: Path) -> list[Engine]:

@@ -258,7 +258,7 @@ def test_chat_reads_lines_from_a_pipe(llms, capsys, monkeypatch, tmp_path):
     first, second = llms[0].asked
     assert [message["content"] for message in first[0]] == ["Be brief", "Hello"]
     assert [message["role"] for message in second[0]] == ["system", "user", "assistant", "user"]
-    assert (first[1].temperature, first[1].max_tokens) == (0.7, 9)
+    assert (first[1].temperature, first[1].max_tokens) == (0.2, 9)
     assert second[1].temperature == 0.0
     said = [message["role"] for message in json.loads(saved.read_text())["messages"]]
     assert said == ["system", "user", "assistant", "user", "assistant"]
