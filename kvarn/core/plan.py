@@ -89,7 +89,8 @@ class SpanResult:
     """What one span gave, for the fields that only some requests ask for."""
 
     logprobs: list[TokenLogprobs] | None = None  #: one for each new token
-    prompt_logprobs: list[TokenLogprobs] | None = None  #: of positions start+1 .. start+length
+    prompt_logprobs: list[TokenLogprobs] | None = None  #: of positions `scored_from` on
+    scored_from: int = 0  #: a resumed sequence scores its prompt again, from the start
     embedding: list[float] | None = None  #: pooled hidden state, after the last position
     error: str | None = None  #: this request alone failed (a grammar that ran dry, say)
 

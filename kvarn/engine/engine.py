@@ -182,13 +182,18 @@ class Engine:
             output.logprobs = extra.logprobs
             output.embedding = extra.embedding
             output.error = extra.error
-            if extra.prompt_logprobs is not None:
-                self._scores[seq.id] += extra.prompt_logprobs
-        if seq.id in self._scores and len(self._scores[seq.id]) >= seq.prompt_len:
+            self._score(seq, extra)
+        if len(self._scores.get(seq.id, ())) >= seq.prompt_len:
             output.prompt_logprobs = self._scores.pop(seq.id)
         if finish is not None:
             self._forget(seq)
         return output
+
+    def _score(self, seq: Seq, extra: SpanResult) -> None:
+        """Keep new prompt logprobs; a resumed sequence brings some a second time."""
+        known = self._scores.get(seq.id)
+        if extra.prompt_logprobs is not None and known is not None:
+            known += extra.prompt_logprobs[max(0, len(known) - extra.scored_from) :]
 
     def _forget(self, seq: Seq) -> None:
         self._taps.pop(seq.id, None)

@@ -162,6 +162,7 @@ class Runner:
                 extra.embedding = self._embed(row, mine, end)
             elif end - len(mine) < self.image.prompt_len[row]:
                 extra.prompt_logprobs = self._score(row, mine, end - len(mine))
+                extra.scored_from = end - len(mine) + 1
 
     def _embed(self, row: int, hidden: Tensor, end: int) -> list[float] | None:
         """The pooled hidden state, of length 1, once the prompt is through."""
