@@ -48,7 +48,10 @@ def work(
     start = rows.start[span] + skip
     high = start + n
     base = rows.base[span]
-    low = base if rows.window is None else np.maximum(base, start - rows.window + 1)
+    low = base
+    if rows.window is not None:  # from the start of a page on
+        seen = np.maximum(start - rows.window + 1 - base, 0)
+        low = base + seen // rows.page_size * rows.page_size
     limit = split_length(high - low, kv_heads, programs, least)
     pieces = -(-(high - low) // limit)
     tile = np.repeat(np.arange(len(span)), pieces)

@@ -21,7 +21,7 @@ from kvarn.kernels.upload import upload
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST = 256  #: head_dim
 LARGEST_PAGE = 64
-DECODE_WAVES, CHUNK_WAVES = 8, 1  #: programs a multiprocessor that splitting aims at
+DECODE_WAVES, CHUNK_WAVES = 4, 1  #: programs a multiprocessor that splitting aims at
 DECODE_LEAST, CHUNK_LEAST = 512, 1024  #: KV positions below which a range is not split further
 LOG2E = 1.4426950408889634
 
@@ -41,7 +41,9 @@ def decode_tiling(dim: int, wide: int, group: int) -> Tiling:
     block_m = max(16, power_of_two(group))
     if wide == 4:
         return Tiling(block_m, 32, 4, 2)
-    return Tiling(block_m, 64 if dim <= 128 else 32, 4, 3)
+    if dim > 128:
+        return Tiling(block_m, 32, 4, 3)
+    return Tiling(block_m, 64, 2 if block_m == 16 else 4, 3)
 
 
 def chunk_tiling(dim: int, wide: int, group: int) -> Tiling:
@@ -51,7 +53,7 @@ def chunk_tiling(dim: int, wide: int, group: int) -> Tiling:
         return Tiling(max(32, least), 32, 4, 2)
     if dim > 128:
         return Tiling(max(64, least), 32, 4, 2)
-    return Tiling(max(128, least), 64, 8, 3)
+    return Tiling(max(128, least), 64, 4, 5 if dim <= 64 else 3)
 
 
 def power_of_two(n: int) -> int:

@@ -19,17 +19,26 @@ def _fold(
     CAPPED: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Fold positions at .. at + BLOCK_N into the state (peak, total, out), in base 2."""
-    keys_at = at + tl.arange(0, BLOCK_N)
-    slot = keys_at - base
+    """Fold positions at .. at + BLOCK_N into the state (peak, total, out), in base 2.
+
+    `at - base` is a multiple of the smaller of PAGE and BLOCK_N.
+    """
+    step = tl.arange(0, BLOCK_N)
+    keys_at = at + step
     dims = tl.arange(0, BLOCK_D)
     there = keys_at < high
-    if MASKED:
-        page = tl.load(pages + slot // PAGE, mask=there, other=0)
+    if PAGE <= BLOCK_N:  # whole pages: the place inside a page is the same in every round
+        nth = (at - base) // PAGE + step // PAGE
+        inside = step % PAGE
     else:
-        page = tl.load(pages + slot // PAGE)
-    place = page.to(tl.int64) * (KV_HEADS * 2 * PAGE * DIM) + (slot % PAGE) * DIM
-    spot = kv + place[:, None] + dims[None, :]
+        nth = (keys_at - base) // PAGE
+        inside = (keys_at - base) % PAGE
+    if MASKED:
+        page = tl.load(pages + nth, mask=there, other=0)
+    else:
+        page = tl.load(pages + nth)
+    place = page.to(tl.int64) * (KV_HEADS * 2 * PAGE * DIM)
+    spot = kv + place[:, None] + (inside * DIM)[:, None] + dims[None, :]
     if MASKED or BLOCK_D != DIM:
         seen = (there[:, None] | (not MASKED)) & (dims < DIM)[None, :]
         keys = tl.load(spot, mask=seen, other=0.0)
@@ -37,20 +46,21 @@ def _fold(
     else:
         keys = tl.load(spot)
         values = tl.load(spot + PAGE * DIM)
-    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
     if CAPPED:
         # tanh(x) = 1 - 2 / (exp(2x) + 1); 2.885... = 2 / ln 2
-        scores = cap * (1.0 - 2.0 / (tl.exp2(scores * 2.8853900817779268) + 1.0))
+        scores = cap * (1.0 - 2.0 / (tl.exp2(scores * (scale * 2.8853900817779268)) + 1.0))
+        scale = 1.0
     if MASKED:
         visible = (keys_at[None, :] <= positions[:, None]) & there[None, :]
         if WINDOW > 0:
             visible &= keys_at[None, :] > positions[:, None] - WINDOW
         scores = tl.where(visible, scores, float("-inf"))
-    top = tl.maximum(peak, tl.max(scores, 1))
+    top = tl.maximum(peak, tl.max(scores, 1) * scale)
     pivot = top
     if MASKED:
         pivot = tl.where(top == float("-inf"), 0.0, top)
-    weights = tl.exp2(scores - pivot[:, None])
+    weights = tl.exp2(scores * scale - pivot[:, None])
     shrink = tl.exp2(peak - pivot)
     total = total * shrink + tl.sum(weights, 1)
     out = tl.dot(weights.to(values.dtype), values, out * shrink[:, None], input_precision=PRECISION)
