@@ -17,7 +17,9 @@ def make(index: str, policy: str = "lru", windows: tuple[int | None, ...] = (Non
     return find("prefix", index)(PAGE, windows, find("evict", policy)())  # type: ignore[call-arg]
 
 
-def insert(index: Any, tokens: list[int], first_page: int, now: float = 0.0, salt: str = "") -> Node:
+def insert(
+    index: Any, tokens: list[int], first_page: int, now: float = 0.0, salt: str = ""
+) -> Node:
     """Enter whole pages of `tokens` below what is there, and let go at once."""
     whole = len(tokens) // PAGE
     match = index.match(tokens, salt, whole)

@@ -20,7 +20,9 @@ SYSTEM_PROMPTS = [[1] * 20, [1] * 12 + [2] * 20, [3] * 40, []]
 LAYOUTS = [(None,), (6,), (None, 10), (None, None, 7, 12)]
 
 
-def make_control(prefix: str, evict: str, windows: tuple[int | None, ...], pages: int) -> ControlPlane:
+def make_control(
+    prefix: str, evict: str, windows: tuple[int | None, ...], pages: int
+) -> ControlPlane:
     groups = [GroupSpec((layer,), 1, 8, window) for layer, window in enumerate(windows)]
     index = None
     if prefix != "none":
@@ -115,7 +117,9 @@ class Pages(RuleBasedStateMachine):
 
 TestPages = Pages.TestCase
 TestPages.settings = settings(
-    max_examples=40, stateful_step_count=60, deadline=None,
+    max_examples=40,
+    stateful_step_count=60,
+    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 
