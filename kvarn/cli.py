@@ -127,7 +127,7 @@ def _chat() -> Any:
         engine=EngineConfig,
         sampling=SamplingParams,
         skip=(*NO_FLAG, "n", "logprobs", "logprobs_mode"),
-        defaults={"max_tokens": 512, "temperature": 0.2, "top_p": 0.9},
+        defaults={"max_tokens": 512, "temperature": 0.0},
     )
     def chat(
         engine: dict[str, Any],

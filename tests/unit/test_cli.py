@@ -251,15 +251,15 @@ def test_parts_are_listed_for_people_and_programs(capsys):
 
 def test_chat_reads_lines_from_a_pipe(llms, capsys, monkeypatch, tmp_path):
     saved = tmp_path / "talk.json"
-    lines = ["Hello", "", "/params temperature=0", "Again", f"/save {saved}", "/quit", "unread"]
+    lines = ["Hello", "", "/params temperature=0.5", "Again", f"/save {saved}", "/quit", "unread"]
     monkeypatch.setattr("sys.stdin", StringIO("\n".join(lines)))
     assert cli.main(["chat", "--system", "Be brief", "--max-tokens", "9"]) == 0
     assert "one two three\n" in capsys.readouterr().out
     first, second = llms[0].asked
     assert [message["content"] for message in first[0]] == ["Be brief", "Hello"]
     assert [message["role"] for message in second[0]] == ["system", "user", "assistant", "user"]
-    assert (first[1].temperature, first[1].max_tokens) == (0.2, 9)
-    assert second[1].temperature == 0.0
+    assert (first[1].temperature, first[1].max_tokens) == (0.0, 9)
+    assert second[1].temperature == 0.5
     said = [message["role"] for message in json.loads(saved.read_text())["messages"]]
     assert said == ["system", "user", "assistant", "user", "assistant"]
 
