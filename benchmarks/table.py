@@ -125,12 +125,45 @@ def serve(result: dict[str, Any]) -> Lines:
     ]
 
 
+def gpu_smoke(result: dict[str, Any]) -> Lines:
+    """The engine on a GPU: attention alone, and the whole engine in both loops."""
+    lines = [
+        f"Attention as a layer calls it (KV write and merges included), bf16, 32/8 heads, page 16; "
+        f"reading alone reaches {cell(result['read_gb_s'])} GB/s.",
+        "",
+    ]
+    kernels = [
+        [name, "GB/s" if "decode" in name else "TFLOP/s", found["kvarn"], found["sdpa_cudnn"]]
+        for name, found in result.items()
+        if name.startswith(("decode", "prefill"))
+    ]
+    lines += table(["case", "unit", "kvarn, paged", "cuDNN SDPA, contiguous"], kernels)
+    engines = [
+        [
+            name.removeprefix("engine_overlap_"),
+            found["output_tokens_per_second"],
+            100 * found["host_share"],
+        ]
+        for name, found in result.items()
+        if name.startswith("engine")
+    ]
+    said = result["engine_overlap_off"]
+    lines += [
+        "",
+        f"Engine, {said['model']} with random weights, {said['requests']} x ({said['input']} + "
+        f"{said['output']}), eager:",
+        "",
+    ]
+    return lines + table(["overlapped loop", "output tok/s", "host share %"], engines)
+
+
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "cpu_peers": ("Engines side by side on a CPU", cpu_peers),
     "offline": ("The engine without a server", offline),
     "serve": ("The server under load", serve),
     "latency": ("Latency by batch size", latency),
     "startup": ("Start-up", startup),
+    "gpu_smoke": ("On a GPU", gpu_smoke),
     "scheduler_overhead": ("Time of the decisions", scheduler_overhead),
 }
 

@@ -1,6 +1,6 @@
 """Does kvarn run on this GPU, and how fast? Tests, attention alone, and the engine offline.
 
-    PYTHONPATH=. python benchmarks/gpu/smoke.py --json smoke.json
+    PYTHONPATH=. python benchmarks/gpu/smoke.py
 
 Attention is measured as a layer calls it (KV write, attention, merges) beside torch's SDPA in the
 same run; the engine runs random weights. `--sweep` also times other tile shapes.
@@ -9,7 +9,6 @@ same run; the engine runs random weights. `--sweep` also times other tile shapes
 import argparse
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from triton.testing import do_bench
 
 import kvarn.kernels.attention.triton as backend
 from kvarn import LLM, SamplingParams
+from kvarn.bench.record import header, write
 from kvarn.kernels.attention import PagedRows
 from kvarn.kernels.attention.triton import Tiling, TritonAttention
 
@@ -165,10 +165,12 @@ def read_roofline() -> float:
     return x.numel() * 4 / median_ms(lambda: read[(programs,)](x, out, 4096, num_warps=8)) / 1e6
 
 
-def measure_engine(model: str, requests: int, n_in: int, n_out: int) -> dict[str, Any]:
+def measure_engine(
+    model: str, requests: int, n_in: int, n_out: int, overlap: str
+) -> dict[str, Any]:
     """Output tokens a second, and the share of the time in which the device computes."""
     began = time.perf_counter()
-    llm = LLM(model, load="random", device="cuda", max_len=4096, prefix="none")
+    llm = LLM(model, load="random", device="cuda", max_len=4096, prefix="none", overlap=overlap)
     started = time.perf_counter() - began
     rng = np.random.default_rng(0)
     sampling = SamplingParams(temperature=0.0, max_tokens=n_out, ignore_eos=True)
@@ -223,16 +225,16 @@ def run_tests() -> dict[str, Any]:
 def main() -> int:
     """Everything, one JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    default = Path(os.environ.get("OUT", ".")) / "smoke.json"
+    default = Path(__file__).parents[1] / "results" / "gpu_smoke.json"
     parser.add_argument("--json", type=Path, default=default)
     parser.add_argument("--sweep", action="store_true", help="time other tile shapes as well")
     parser.add_argument("--skip-tests", action="store_true")
     options = parser.parse_args()
-    found: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    found = header("gpu_smoke", {"sweep": options.sweep}, {})
 
     def keep(name: str, value: Any) -> None:
         found[name] = value
-        options.json.write_text(json.dumps(found, indent=1))
+        write(found, str(options.json))
         shown = value
         if isinstance(value, dict) and "sweep" in value:
             shown = value | {"sweep": value["sweep"][:8]}
@@ -246,7 +248,8 @@ def main() -> int:
         for name, shape, sweep in shapes:
             keep(f"{name}_d{dim}", measure_attention(Case(*shape, dim), sweep * options.sweep))
             torch.cuda.empty_cache()
-    keep("engine", measure_engine("llama-3.2-1b", 64, 256, 128))
+    for overlap in ("off", "on"):
+        keep(f"engine_overlap_{overlap}", measure_engine("llama-3.2-1b", 64, 256, 128, overlap))
     return int(found.get("tests", {}).get("exit", 0))
 
 

@@ -57,7 +57,10 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Commit of the source tree that runs ('+' when it has local changes); None outside git."""
+    """Commit of the source tree that runs ('+' when it has local changes).
+
+    Outside git (a copy of the tree on another machine) what `KVARN_COMMIT` says, or None.
+    """
     folder = Path(__file__).resolve().parent
 
     def git(*words: str) -> str | None:
@@ -71,7 +74,7 @@ def commit() -> str | None:
 
     head = git("rev-parse", "HEAD")
     if head is None:
-        return None
+        return os.environ.get("KVARN_COMMIT")
     return head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 

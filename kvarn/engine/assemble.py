@@ -180,9 +180,10 @@ def _choose_step(resolved: Resolved, device: torch.device) -> None:
         why = "a chunk that fills the device's matrix units without stalling decodes"
         resolved.choose("budget", max(budget, config.max_seqs), "device", why)
     if config.overlap == "auto":
-        on = device.type == "cuda"
-        why = "planning hides behind the device" if on else "planning and computing share the cores"
-        resolved.choose("overlap", "on" if on else "off", "device", why)
+        why = "planning and computing share the cores"
+        if device.type == "cuda":
+            why = "launching eager kernels keeps the host busy: a second thread made it slower"
+        resolved.choose("overlap", "off", "measured", why)
 
 
 def _choose_threads(resolved: Resolved) -> None:
