@@ -61,7 +61,8 @@ def scheduler_overhead(result: dict[str, Any]) -> Lines:
 
 def cpu_peers(result: dict[str, Any]) -> Lines:
     """Engines side by side: tokens a second, and the first engine's ratio to each peer."""
-    engines = list(dict.fromkeys(row["engine"] for row in result["results"]))
+    names = dict.fromkeys(row["engine"] for row in result["results"])
+    engines = sorted(names, key=lambda name: not name.startswith("kvarn"))
     rows = []
     for workload in dict.fromkeys(row["workload"] for row in result["results"]):
         rate = {r["engine"]: r["tok_s"] for r in result["results"] if r["workload"] == workload}

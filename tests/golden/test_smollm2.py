@@ -1,4 +1,4 @@
-"""The real model through the whole engine: token-identical to the naive decoder, alone and mixed."""
+"""The real model through the whole engine: the naive decoder's tokens, alone and mixed."""
 
 import random
 from typing import Any

@@ -94,7 +94,7 @@ def test_auto_chooses_the_gpu_and_triton(tiny_folder: Any) -> None:
     engine = make_engine(tiny_folder("llama"), device="auto")
     assert engine.resolved.config.device == "cuda"
     assert engine.resolved.config.attention == "triton"
-    assert engine.overlap
+    assert not engine.overlap  # eager steps: a second thread makes them slower
 
 
 @pytest.mark.parametrize("attention", ["cpu", "native", "reference", "invariant"])

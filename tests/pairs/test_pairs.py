@@ -32,7 +32,9 @@ KINDS: dict[str, SamplingParams] = {
     ),
     "biased": SamplingParams(temperature=0.0, logit_bias={5: 3.0, 6: -100.0}, max_tokens=12),
     "allowed": SamplingParams(seed=9, allowed_token_ids=(1, 2, 3), max_tokens=6),
-    "stopped": SamplingParams(seed=10, stop_token_ids=tuple(range(40)), min_tokens=3, max_tokens=12),
+    "stopped": SamplingParams(
+        seed=10, stop_token_ids=tuple(range(40)), min_tokens=3, max_tokens=12
+    ),
     "many": SamplingParams(seed=11, n=3, max_tokens=8),
     "scored": SamplingParams(temperature=0.0, logprobs=3, prompt_logprobs=2, max_tokens=4),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Every prefix index against a brute-force oracle, and every eviction policy against its promise."""
+"""Every prefix index against a brute-force oracle, every eviction policy against its promise."""
 
 import random
 from typing import Any

@@ -1,4 +1,4 @@
-"""What every scheduler must keep: the budget, order of arrival, progress, and every request's end."""
+"""What every scheduler must keep: the budget, the order of arrival, every request's end."""
 
 import random
 

@@ -48,8 +48,8 @@ def test_offline_engine_needs_no_server_library() -> None:
     code = """
         import sys
         import kvarn.engine.llm
-        servers = {"fastapi", "uvicorn", "pydantic", "prometheus_client", "msgspec", "typer", "rich",
-                   "llguidance", "huggingface_hub", "gguf"}
+        servers = {"fastapi", "uvicorn", "pydantic", "prometheus_client", "msgspec", "typer",
+                   "rich", "llguidance", "huggingface_hub", "gguf"}
         print(sorted(servers & set(sys.modules)))
     """
     assert run(code) == "[]"
