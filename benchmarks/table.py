@@ -72,7 +72,10 @@ def cpu_peers(result: dict[str, Any]) -> Lines:
             ratio = "" if engine == engines[0] else f" ({ours / rate[engine]:.2f}x)"
             cells.append(f"{cell(rate[engine])}{ratio}")
         rows.append(cells)
-    versions = ", ".join(f"{name} {about['version']}" for name, about in result["config"].items())
+    versions = ", ".join(
+        f"{name} {about['version']}{' (eager)' if about.get('eager') else ''}"
+        for name, about in result["config"].items()
+    )
     return [
         f"{result['model_id']}, {result['workload']['threads']} threads, medians of "
         f"{result['workload']['repeats']} interleaved repeats; tokens/s, in brackets how many "
