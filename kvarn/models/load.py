@@ -9,7 +9,8 @@ import torch
 from kvarn.core.config import Resolved
 from kvarn.core.errors import ModelError, nearest
 from kvarn.core.model import ModelSpec
-from kvarn.models.decoder import SHARES_MEMORY, Decoder
+from kvarn.kernels.linear import SHARES_MEMORY
+from kvarn.models.decoder import Decoder
 from kvarn.models.fit import check_fits, free_memory
 from kvarn.models.gguf import GGUFWeights, spec_from_gguf
 from kvarn.models.gguf_file import GGUFFile

@@ -1,0 +1,126 @@
+"""From named tensors to the layers of a decoder: read, fuse, convert, count."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvarn.core.model import ModelSpec
+from kvarn.kernels.linear import SHARES_MEMORY, Mode, make_linear
+from kvarn.kernels.linear.base import Linear
+from kvarn.models.weights import Weights
+
+
+@dataclass(slots=True)
+class Layer:
+    """The weights of one layer; norms that a family lacks are None."""
+
+    attn_norm: Tensor
+    qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    out: Linear
+    attn_post_norm: Tensor | None
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+    mlp_post_norm: Tensor | None
+
+
+class Reader:
+    """Reads, fuses, converts and counts the tensors of a decoder."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Weights,
+        dtype: torch.dtype,
+        device: torch.device,
+        mode: Mode,
+    ) -> None:
+        self.spec, self.weights, self.dtype, self.device = spec, weights, dtype, device
+        self.mode: Mode = mode
+        self.n_bytes = 0
+
+    def tensor(self, name: str, *shape: int) -> Tensor:
+        """One tensor as it is, on the device, in the compute dtype."""
+        return self._count(self._move(self.weights.read(name, shape)))
+
+    def norm(self, name: str, size: int) -> Tensor:
+        """The factor of an RMSNorm, with the family's offset added."""
+        weight = self.weights.read(name, (size,)).float() + self.spec.norm_offset
+        return self._count(self._move(weight))
+
+    def linear(self, prefix: str, outs: dict[str, int], n_in: int, bias: bool) -> Linear:
+        """The projections `outs` (name -> rows) of one input, fused into one matrix."""
+        parts = [
+            self._move(self.weights.read(f"{prefix}.{name}.weight", (n, n_in)))
+            for name, n in outs.items()
+        ]
+        biases = [
+            self._move(self.weights.read(f"{prefix}.{name}.bias", (n,)))
+            for name, n in outs.items()
+            if bias
+        ]
+        weight = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return self._linear(weight, torch.cat(biases) if biases else None)
+
+    def head(self, embed: Tensor) -> Linear:
+        """The output projection; tied models multiply by the embedding."""
+        if not self.spec.tie_embeddings:
+            weight = self.weights.read("lm_head.weight", (self.spec.vocab, self.spec.hidden))
+            return self._linear(self._move(weight), None)
+        head = make_linear(embed, None, self.mode)
+        self.n_bytes += 0 if self.mode in SHARES_MEMORY else head.weight_bytes
+        return head
+
+    def layer(self, i: int) -> Layer:
+        """Every weight of layer `i`."""
+        spec, at = self.spec, f"layers.{i}"
+        n_q, n_kv = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
+        gemma = spec.sandwich_norms
+        return Layer(
+            attn_norm=self.norm(f"{at}.input_layernorm.weight", spec.hidden),
+            qkv=self.linear(
+                f"{at}.self_attn",
+                {"q_proj": n_q, "k_proj": n_kv, "v_proj": n_kv},
+                spec.hidden,
+                spec.qkv_bias,
+            ),
+            q_norm=self._optional(spec.qk_norm, f"{at}.self_attn.q_norm.weight", spec.head_dim),
+            k_norm=self._optional(spec.qk_norm, f"{at}.self_attn.k_norm.weight", spec.head_dim),
+            out=self.linear(f"{at}.self_attn", {"o_proj": spec.hidden}, n_q, spec.out_bias),
+            attn_post_norm=self._optional(
+                gemma, f"{at}.post_attention_layernorm.weight", spec.hidden
+            ),
+            # elsewhere the norm before the MLP is called "post_attention"
+            mlp_norm=self.norm(
+                f"{at}.{'pre_feedforward' if gemma else 'post_attention'}_layernorm.weight",
+                spec.hidden,
+            ),
+            gate_up=self.linear(
+                f"{at}.mlp",
+                {"gate_proj": spec.ffn, "up_proj": spec.ffn},
+                spec.hidden,
+                spec.mlp_bias,
+            ),
+            down=self.linear(f"{at}.mlp", {"down_proj": spec.hidden}, spec.ffn, spec.mlp_bias),
+            mlp_post_norm=self._optional(
+                gemma, f"{at}.post_feedforward_layernorm.weight", spec.hidden
+            ),
+        )
+
+    def _optional(self, present: bool, name: str, size: int) -> Tensor | None:
+        return self.norm(name, size) if present else None
+
+    def _linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        linear = make_linear(weight, bias, self.mode)
+        self.n_bytes += linear.weight_bytes
+        return linear
+
+    def _move(self, x: Tensor) -> Tensor:
+        return x.to(self.device, self.dtype)
+
+    def _count(self, x: Tensor) -> Tensor:
+        self.n_bytes += x.numel() * x.element_size()
+        return x
