@@ -35,6 +35,12 @@ class PagedRows:
     scale: float
     window: int | None = None
     softcap: float | None = None
+    #: on a GPU: the flat page tables of all sequences (int32, on the device), which `page_indptr`
+    #: ([S] there: the entry of each span's first page) points into instead of `pages`
+    table: Tensor | None = None
+    #: [n, 3] runs of adjacent one-row spans whose first positions are the same pages: first span,
+    #: number of spans, positions shared (a multiple of `page_size`). Read once for all of them.
+    shared: Ints | None = None
 
 
 class AttentionPlan(Protocol):
@@ -72,4 +78,39 @@ class AttentionBackend(Protocol):
 
     def copy(self, cache: Any, sources: list[int], targets: list[int]) -> None:
         """Copy whole pages inside one layer's cache (copy-on-write forks)."""
+        ...
+
+
+class GraphPlan(AttentionPlan, Protocol):
+    """A plan of fixed launches for at most `n_rows` one-row spans, for CUDA graphs.
+
+    What changes from step to step lies in int32 arrays of fixed size on the device. The runner
+    owns them: it makes `sizes` before capture, hands the device's through `bind`, and before every
+    replay lets `fill` write the host's, which it copies over together with its own inputs.
+    """
+
+    sizes: dict[str, int]  #: int32 numbers by name
+
+    def bind(self, arrays: dict[str, Tensor], table: Tensor) -> None:
+        """The device arrays, by the names of `sizes`, and the flat page tables."""
+        ...
+
+    def fill(self, rows: PagedRows, arrays: dict[str, NDArray[np.int32]]) -> None:
+        """Write the work of one step into the host's arrays; every entry, also the idle ones."""
+        ...
+
+
+class GraphBackend(AttentionBackend, Protocol):
+    """A backend that can be captured."""
+
+    def graph_plan(
+        self, n_rows: int, n_heads: int, n_kv_heads: int, head_dim: int, rows: PagedRows
+    ) -> GraphPlan:
+        """A plan whose launches fit any step of at most `n_rows` spans like `rows` (whose page
+        size, scale, window and soft-cap hold for all)."""
+        ...
+
+    def graph_key(self, rows: PagedRows) -> tuple[Any, ...]:
+        """What the launches depend on beside the number of rows (whether splits are merged, say):
+        steps with the same key can share a captured graph."""
         ...
