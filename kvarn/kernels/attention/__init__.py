@@ -43,6 +43,21 @@ class PagedRows:
     shared: Ints | None = None
 
 
+@dataclass(slots=True)
+class Rotary:
+    """What turns the rows of a fused qkv projection into rotated q and k of one layer."""
+
+    positions: Tensor  #: [T]
+    cos: Tensor  #: [max_len, d] fp32
+    sin: Tensor  #: [max_len, d] fp32, the first half of each row negated
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    q_norm: Tensor | None  #: factors of the RMSNorm of each head before the rotation
+    k_norm: Tensor | None
+    eps: float
+
+
 class AttentionPlan(Protocol):
     """The work of one step on one group, laid out; used by every layer of the group."""
 
@@ -53,6 +68,14 @@ class AttentionPlan(Protocol):
         and the log-sum-exp [T, Hq] (fp32, natural log), or None for the lse when the plan was made
         with `lse=False`.
         """
+        ...
+
+
+class FusedPlan(AttentionPlan, Protocol):
+    """A plan that takes the projection as it is."""
+
+    def fused(self, cache: Any, qkv: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor | None]:
+        """Normalise and rotate q and k of qkv [T, (Hq + 2 Hkv) * d], write, attend: as `run`."""
         ...
 
 
@@ -81,7 +104,7 @@ class AttentionBackend(Protocol):
         ...
 
 
-class GraphPlan(AttentionPlan, Protocol):
+class GraphPlan(FusedPlan, Protocol):
     """A plan of fixed launches for at most `n_rows` one-row spans, for CUDA graphs.
 
     What changes from step to step lies in int32 arrays of fixed size on the device. The runner
