@@ -6,7 +6,6 @@ Errors belong to the request: a step that breaks ends the sequences in it, and n
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +19,7 @@ from kvarn.core.seq import Seq
 from kvarn.core.validate import validate
 from kvarn.engine.assemble import Assembly, assemble
 from kvarn.engine.text import TextTap
+from kvarn.runner.executor import Pending
 from kvarn.schedule.control import Progress
 
 log = logging.getLogger("kvarn.engine")
@@ -39,7 +39,7 @@ class Engine:
         self.executor = parts.runner
         self.clock = clock
         self.overlap = resolved.config.overlap == "on"
-        self._in_flight: tuple[StepPlan, Future[StepResult]] | None = None
+        self._in_flight: tuple[StepPlan, Pending] | None = None
         self._taps: dict[int, TextTap] = {}  # by sequence
         self._scores: dict[int, list[TokenLogprobs | None]] = {}  # prompt logprobs so far
 
@@ -105,9 +105,9 @@ class Engine:
         done, self._in_flight = self._in_flight, ahead
         if done is None:
             return []
-        plan, future = done
+        plan, pending = done
         try:
-            result = future.result()
+            result = pending.result()
         except Exception as error:
             return self._broken([plan] + ([ahead[0]] if ahead else []), error)
         return self._record(plan, result)
@@ -137,7 +137,7 @@ class Engine:
         """The step raised: its sequences end with the error, everything else goes on."""
         log.exception("step %d failed", plans[0].step)
         if len(plans) > 1 and self._in_flight is not None:
-            self._in_flight[1].exception()  # let it end before its pages are given to others
+            _wait(self._in_flight[1])  # let it end before its pages are given to others
             self._in_flight = None
         now = self.clock()
         message = f"the engine failed while computing this request: {error}"
@@ -224,9 +224,17 @@ class Engine:
     def close(self) -> None:
         """Stop the executor's thread and let go of the memory."""
         if self._in_flight is not None:
-            self._in_flight[1].exception()
+            _wait(self._in_flight[1])
             self._in_flight = None
         self.executor.close()
+
+
+def _wait(pending: Pending) -> None:
+    """Until the step has ended, however."""
+    try:
+        pending.result()
+    except Exception:
+        log.debug("a step whose result nobody wants failed", exc_info=True)
 
 
 def _timings(seq: Seq, now: float) -> Timings:

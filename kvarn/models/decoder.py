@@ -13,6 +13,8 @@ from torch.nn.functional import embedding
 from kvarn.core.model import ModelSpec
 from kvarn.kernels import rope
 from kvarn.kernels.activation import gated
+from kvarn.kernels.attention import Rotary
+from kvarn.kernels.attention.paged import PagedAttend
 from kvarn.kernels.linear import Mode
 from kvarn.kernels.norm import add_rms_norm, rms_norm
 from kvarn.models.points import WHOLE_MODEL, Tap
@@ -63,6 +65,10 @@ class Decoder:
         )
         return {False: full, True: local}
 
+    def _is_local(self, layer: int) -> bool:
+        """Which rotary table the layer turns by."""
+        return True in self.ropes and self.spec.window(layer) is not None
+
     def forward(
         self, tokens: Tensor, positions: Tensor, attend: Attend, tap: Tap | None = None
     ) -> Tensor:
@@ -73,13 +79,17 @@ class Decoder:
             x = x * self.embed_scale
         if tap is not None:
             x = tap("embed", WHOLE_MODEL, x)
-        full = self.ropes[False].at(positions)
-        local = self.ropes[True].at(positions) if True in self.ropes else full
+        fused = None
+        if tap is None and isinstance(attend, PagedAttend) and attend.takes_projection:
+            fused = attend
+        angles = {} if fused else {key: table.at(positions) for key, table in self.ropes.items()}
         delta: Tensor | None = None
         for i, layer in enumerate(self.layers):
-            angles = full if spec.window(i) is None else local
             h, x = _norm_of_sum(delta, x, layer.attn_norm, eps, tap, "resid_pre", i)
-            delta = self._attention(i, layer, h, angles, attend, tap)
+            if fused is not None:
+                delta = self._fused_attention(i, layer, h, positions, fused)
+            else:
+                delta = self._attention(i, layer, h, angles[self._is_local(i)], attend, tap)
             h, x = _norm_of_sum(delta, x, layer.mlp_norm, eps, tap, "resid_mid", i)
             delta = self._mlp(i, layer, h, tap)
         x, _ = _norm_of_sum(delta, x, self.norm, eps, tap, "", spec.n_layers)
@@ -108,6 +118,22 @@ class Decoder:
         if layer.attn_post_norm is not None:
             out = rms_norm(out, layer.attn_post_norm, spec.norm_eps)
         return out if tap is None else tap("attn_out", i, out)
+
+    def _fused_attention(
+        self, i: int, layer: Layer, h: Tensor, positions: Tensor, attend: PagedAttend
+    ) -> Tensor:
+        """`_attention` without points: the projection goes to the attention backend as it is."""
+        spec = self.spec
+        turns = self.ropes[self._is_local(i)]
+        rotary = Rotary(
+            positions, turns.cos, turns.sin, spec.n_heads, spec.n_kv_heads, spec.head_dim,
+            layer.q_norm, layer.k_norm, spec.norm_eps,
+        )  # fmt: skip
+        z = attend.fused(i, layer.qkv(h), rotary)
+        out = layer.out(z.view(-1, spec.n_heads * spec.head_dim))
+        if layer.attn_post_norm is not None:
+            out = rms_norm(out, layer.attn_post_norm, spec.norm_eps)
+        return out
 
     def _mlp(self, i: int, layer: Layer, h: Tensor, tap: Tap | None) -> Tensor:
         if tap is not None:

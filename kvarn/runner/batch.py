@@ -9,88 +9,133 @@ from kvarn.core.model import GroupSpec, ModelSpec
 from kvarn.core.plan import Span
 from kvarn.kernels.attention import PagedRows
 from kvarn.runner.image import Image
+from kvarn.runner.shared import neighbours, runs
+from kvarn.runner.state import DeviceState
 
 Ints = NDArray[np.int64]
+ON_DEVICE = -1  #: a token whose value only the device knows yet
 
 
 @dataclass(slots=True)
 class Batch:
     """One step's T rows in S spans, on the host."""
 
+    spans: Ints  #: [S] which span of the plan each is
     rows: Ints  #: [S] image row of each span
     indptr: Ints  #: [S+1] first flattened row of each span
     ends: Ints  #: [S] position after each span's last
-    tokens: Ints  #: [T]
+    row_of: Ints  #: [T] image row of each flattened row
+    tokens: Ints  #: [T]; `ON_DEVICE` for the last token that a step in flight has sampled
     positions: Ints  #: [T]
     groups: list[PagedRows]
-    logits_at: Ints  #: flattened rows whose logits choose a token, in span order
-    logits_spans: Ints  #: the spans they belong to
+    logits_at: Ints  #: flattened rows whose logits choose a token, in the order of the spans
+    logits_spans: Ints  #: the spans they belong to, as indices of `rows`
+
+    @property
+    def decodes(self) -> bool:
+        """Whether every span is one row that chooses a token."""
+        return len(self.logits_at) == len(self.tokens)
 
 
-def build(spans: list[Span], image: Image, spec: ModelSpec, groups: list[GroupSpec]) -> Batch:
-    """Lay out a step. A handful of numpy calls, whatever the number of spans."""
+def build(
+    spans: list[Span],
+    image: Image,
+    spec: ModelSpec,
+    groups: list[GroupSpec],
+    state: DeviceState | None = None,
+) -> Batch:
+    """Lay out a step. A handful of numpy calls, whatever the number of spans.
+
+    With `state` the page lists are the device's own tables, and sequences that share a prefix
+    become neighbours in a step of single rows.
+    """
     rows = image.rows([span.seq for span in spans])
     start = np.array([span.start for span in spans], np.int64)
     length = np.array([span.length for span in spans], np.int64)
     wants = np.array([span.wants_logits for span in spans], np.bool_)
+    order = np.arange(len(spans))
+    single = len(spans) == int(length.sum())
+    if state is not None and single:
+        order = neighbours(image.tables[0], rows)
+        rows, start, wants = rows[order], start[order], wants[order]
     indptr = _indptr(length)
-    if len(spans) == indptr[-1]:  # decode only: one row a span
+    if single:
         row_of, positions = rows, start
     else:
         row_of = np.repeat(rows, length)
         positions = np.repeat(start - indptr[:-1], length) + np.arange(indptr[-1])
     ends = start + length
+    tokens = image.tokens[row_of, positions].astype(np.int64)
+    tokens[positions >= image.filled[row_of]] = ON_DEVICE
+    layout = _Layout(image, spec, rows, start, ends, indptr, row_of, positions, state, single)
     logits_spans = np.flatnonzero(wants)
     return Batch(
+        spans=order,
         rows=rows,
         indptr=indptr,
         ends=ends,
-        tokens=image.tokens[row_of, positions].astype(np.int64),
+        row_of=row_of,
+        tokens=tokens,
         positions=positions,
-        groups=[
-            _paged(
-                group, table, image.page_size, spec, rows, start, ends, indptr, row_of, positions
-            )
-            for group, table in zip(groups, image.tables)
-        ],
+        groups=[layout.group(index, group) for index, group in enumerate(groups)],
         logits_at=indptr[1:][logits_spans] - 1,
         logits_spans=logits_spans,
     )
 
 
-def _paged(
-    group: GroupSpec,
-    table: NDArray[np.int32],
-    page_size: int,
-    spec: ModelSpec,
-    rows: Ints,
-    start: Ints,
-    ends: Ints,
-    indptr: Ints,
-    row_of: Ints,
-    positions: Ints,
-) -> PagedRows:
-    """The page lists of one group: from the first page that a span's first row can see."""
-    if group.window is None:
-        first = np.zeros_like(start)
-    else:
-        first = np.maximum(start - group.window + 1, 0) // page_size
-    count = -(-ends // page_size) - first
-    page_indptr = _indptr(count)
-    column = np.repeat(first - page_indptr[:-1], count) + np.arange(page_indptr[-1])
-    return PagedRows(
-        indptr=indptr,
-        start=start,
-        page_indptr=page_indptr,
-        pages=table[np.repeat(rows, count), column].astype(np.int64),
-        base=first * page_size,
-        slots=table[row_of, positions // page_size].astype(np.int64) * page_size
-        + positions % page_size,
-        page_size=page_size,
-        scale=spec.scale,
-        window=group.window,
-        softcap=spec.attn_softcap,
-    )
+@dataclass(slots=True)
+class _Layout:
+    """What the page lists of every group are made of."""
+
+    image: Image
+    spec: ModelSpec
+    rows: Ints
+    start: Ints
+    ends: Ints
+    indptr: Ints
+    row_of: Ints
+    positions: Ints
+    state: DeviceState | None
+    single: bool
+
+    def group(self, index: int, group: GroupSpec) -> PagedRows:
+        """The page lists of one group: from the first page that a span's first row can see."""
+        table, size = self.image.tables[index], self.image.page_size
+        if group.window is None:
+            first = np.zeros_like(self.start)
+        else:
+            first = np.maximum(self.start - group.window + 1, 0) // size
+        row_of, positions = self.row_of, self.positions
+        if self.state is None:
+            page_indptr, pages = self._listed(table, first)
+        else:  # the tables are there already
+            page_indptr, pages = self.rows * self.state.width + first, first[:0]
+        return PagedRows(
+            indptr=self.indptr,
+            start=self.start,
+            page_indptr=page_indptr,
+            pages=pages,
+            base=first * size,
+            slots=table[row_of, positions // size].astype(np.int64) * size + positions % size,
+            page_size=size,
+            scale=self.spec.scale,
+            window=group.window,
+            softcap=self.spec.attn_softcap,
+            table=None if self.state is None else self.state.tables[index],
+            shared=self._shared(table, group),
+        )
+
+    def _shared(self, table: NDArray[np.int32], group: GroupSpec) -> Ints | None:
+        if self.state is None or not self.single or group.window is not None:
+            return None
+        return runs(table, self.rows, self.start, self.image.page_size)
+
+    def _listed(self, table: NDArray[np.int32], first: Ints) -> tuple[Ints, Ints]:
+        """The pages of all spans one after the other, and where those of each begin."""
+        count = -(-self.ends // self.image.page_size) - first
+        page_indptr = _indptr(count)
+        column = np.repeat(first - page_indptr[:-1], count) + np.arange(page_indptr[-1])
+        return page_indptr, table[np.repeat(self.rows, count), column].astype(np.int64)
 
 
 def _indptr(lengths: Ints) -> Ints:

@@ -1,8 +1,7 @@
 """`Runner`: executes plans on a model. prepare, forward, sample; there is no second path."""
 
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -10,18 +9,28 @@ import torch
 from torch import Tensor
 
 from kvarn.core.model import GroupSpec, ModelSpec
-from kvarn.core.plan import SeqStart, SpanResult, StepPlan, StepResult, TokenLogprobs
+from kvarn.core.plan import SeqStart, StepPlan, StepResult
 from kvarn.kernels.attention import AttentionBackend
+from kvarn.kernels.attention.paged import PagedAttend
 from kvarn.kernels.upload import upload
 from kvarn.models.decoder import Decoder
 from kvarn.models.points import Tap
 from kvarn.runner.batch import Batch, build
+from kvarn.runner.extras import Extras
+from kvarn.runner.graphs import Graphs
 from kvarn.runner.image import Image
-from kvarn.runner.logprobs import logprobs
+from kvarn.runner.inflight import InFlight
 from kvarn.runner.pool import KVPool
-from kvarn.runner.sampler import Sampler
+from kvarn.runner.sampler import Sampler, sample_on_gpu
+from kvarn.runner.state import DeviceState
 
-SCORE_ROWS = 128  #: prompt positions whose logits are held at once
+
+class Pending(Protocol):
+    """A step under way."""
+
+    def result(self) -> StepResult:
+        """Wait for it; raises what the step raised."""
+        ...
 
 
 class Executor(Protocol):
@@ -31,13 +40,18 @@ class Executor(Protocol):
         """Execute one step."""
         ...
 
-    def launch(self, plan: StepPlan) -> "Future[StepResult]":
+    def launch(self, plan: StepPlan) -> Pending:
         """Start a step; steps run in the order of their launches."""
         ...
 
 
 class Runner:
-    """One model, its KV pool and its sampler on one device."""
+    """One model, its KV pool and its sampler on one device.
+
+    With `state` (a GPU) a step is only handed over: it takes tokens that are not sampled yet from
+    the device, and its own are looked at when somebody asks for the result. At most one step is
+    ahead of the one that is being waited for.
+    """
 
     def __init__(
         self,
@@ -48,6 +62,8 @@ class Runner:
         sampler: Sampler,
         page_size: int,
         max_seqs: int,
+        state: DeviceState | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         self.decoder = decoder
         self.spec: ModelSpec = decoder.spec
@@ -56,20 +72,25 @@ class Runner:
         self.backend = backend
         self.sampler = sampler
         self.image = Image(max_seqs, len(groups), page_size)
+        self.extras = Extras(decoder, self.image)
+        self.state = state
+        self.graphs = graphs
         self.tap: Tap | None = None  #: sees every named point when set (eager research use)
         self._group_of = {layer: g for g, group in enumerate(groups) for layer in group.layers}
-        self._special: set[int] = set()  # rows that want more than tokens: see _extras
-        self._pooled: dict[int, Tensor] = {}  # by row: sum of hidden states of an embedding request
+        self._flying: InFlight | None = None  # the step handed over last
         self._thread: ThreadPoolExecutor | None = None
-        _use(decoder.device)()
 
-    def launch(self, plan: StepPlan) -> "Future[StepResult]":
-        """Run the step on this runner's own thread, after those launched before."""
+    def launch(self, plan: StepPlan) -> Pending:
+        """Start a step: on a GPU by handing it over, else on this runner's own thread."""
+        if self.state is not None:
+            return self._hand_over(plan)
         if self._thread is None:
-            self._thread = ThreadPoolExecutor(
-                1, thread_name_prefix="kvarn-runner", initializer=_use(self.decoder.device)
-            )
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvarn-runner")
         return self._thread.submit(self.run, plan)
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Execute one step: rows in and out, page copies, forward, sample."""
+        return self._hand_over(plan).result()
 
     def close(self) -> None:
         """Let the thread end."""
@@ -77,18 +98,23 @@ class Runner:
             self._thread.shutdown(cancel_futures=True)
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> StepResult:
-        """Execute one step: rows in and out, page copies, forward, sample."""
-        began = time.perf_counter()
+    def _hand_over(self, plan: StepPlan) -> InFlight:
+        if self.decoder.device.index is not None and self.decoder.device.type == "cuda":
+            torch.cuda.set_device(self.decoder.device)  # the calling thread may have another
+        outcome = StepResult(plan.step, [[] for _ in plan.spans])
+        step = InFlight(outcome, time.perf_counter(), self.image)
+        before, self._flying = self._flying, step
         self._update(plan)
-        result = StepResult(plan.step, [[] for _ in plan.spans])
         if plan.spans:
-            batch = build(plan.spans, self.image, self.spec, self.groups)
-            hidden = self._forward(batch)
-            self._extras(batch, hidden, result)
-            self._sample(batch, hidden, result)
-        result.seconds = time.perf_counter() - began
-        return result
+            rows = self.image.rows([span.seq for span in plan.spans])
+            if before is not None and self.sampler.ruled(rows):
+                before.result()  # rules look at the tokens so far
+            batch = build(plan.spans, self.image, self.spec, self.groups, self.state)
+            step.expect(batch)
+            self._compute(batch, step)
+        elif self.state is not None:
+            self.state.write(self.state.entries(self.image))
+        return step
 
     def _update(self, plan: StepPlan) -> None:
         """Bring the image up to the plan."""
@@ -96,14 +122,15 @@ class Runner:
             row = self.image.stop(seq)
             if row is not None:
                 self.sampler.stop(row)
-                self._special.discard(row)
-                self._pooled.pop(row, None)
+                self.extras.stop(row)
         for start in plan.starts:
             self._start(start)
         for edit in plan.edits:
             self.image.edit(edit)
         if plan.copies:
             self.pool.copy(plan.copies)
+        if self.state is None:
+            self.image.writes.clear()
 
     def _start(self, start: SeqStart) -> None:
         row = self.image.start(start)
@@ -111,92 +138,68 @@ class Runner:
         params = request.sampling
         key = start.seq if params.seed is None else start.index
         self.sampler.start(row, params, request.eos_ids, start.prompt_len, key)
-        if request.pooling is not None or params.prompt_logprobs is not None:
-            self._special.add(row)
+        self.extras.start(row, request)
+
+    def _compute(self, batch: Batch, step: InFlight) -> None:
+        """Forward and sample, through a captured graph where the step is one that repeats."""
+        wanted = self.tap is None and batch.decodes and not self.extras.wanted(batch)
+        if self.graphs is not None and wanted and self.graphs.take(len(batch.rows)):
+            assert self.state is not None
+            rows, lengths = batch.rows, batch.ends
+            plain = self.sampler.plain(rows)
+            arrays = self.sampler.parameters(rows, lengths)
+            entries = self.state.entries(self.image)
+            filtered = self.sampler.filtered(rows)
+            found = self.graphs.run(batch, entries, arrays if plain else None, filtered)
+            if plain:
+                step.fetch(found)
+            else:
+                self._choose(batch, found, step)
+            return
+        if self.state is not None:
+            self.state.write(self.state.entries(self.image))
+        hidden = self._forward(batch)
+        if self.extras.wanted(batch):
+            self.extras.take(batch, hidden, step.outcome)
+        if len(batch.logits_at):
+            if len(batch.logits_at) < len(hidden):
+                hidden = hidden[upload([batch.logits_at], torch.int64, hidden.device)[0]]
+            self._choose(batch, self.decoder.logits(hidden, self.tap), step)
 
     def _forward(self, batch: Batch) -> Tensor:
         """Final hidden states [T, hidden]."""
         plans = [self.backend.plan(rows) for rows in batch.groups]
-        layer_plans = [plans[self._group_of[layer]] for layer in range(self.spec.n_layers)]
-        cache = self.pool.cache
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return layer_plans[layer].run(cache[layer], q, k, v)[0]
-
+        attend = PagedAttend(
+            [plans[self._group_of[layer]] for layer in range(self.spec.n_layers)],
+            self.pool.cache,
+            takes_projection=self.state is not None,
+        )
         device = self.decoder.device
-        tokens, positions = upload([batch.tokens, batch.positions], torch.int64, device)
+        if self.state is None:
+            tokens, positions = upload([batch.tokens, batch.positions], torch.int64, device)
+            return self.decoder.forward(tokens, positions, attend, self.tap)
+        from kvarn.kernels.triton.feed import feed
+
+        arrays = [batch.tokens, batch.row_of, batch.positions]
+        said, rows, positions = upload(arrays, torch.int32, device)
+        tokens = feed(said, rows, self.state.last)
         return self.decoder.forward(tokens, positions, attend, self.tap)
 
-    def _sample(self, batch: Batch, hidden: Tensor, result: StepResult) -> None:
-        """Choose the next token of every span that has caught up with what is known."""
-        if not len(batch.logits_at):
-            return
-        wanted = hidden
-        if len(batch.logits_at) < len(hidden):
-            wanted = hidden[upload([batch.logits_at], torch.int64, hidden.device)[0]]
-        logits = self.decoder.logits(wanted, self.tap)
+    def _choose(self, batch: Batch, logits: Tensor, step: InFlight) -> None:
+        """The next token of every row of the logits [R, V], on the device if nobody has to see."""
         rows = batch.rows[batch.logits_spans]
         lengths = batch.ends[batch.logits_spans]
-        sampled = self.sampler.sample(logits, rows, lengths, self.image.tokens)
-        self.image.append(rows, np.array(sampled.tokens, np.int32))
-        for at, (span, token) in enumerate(zip(batch.logits_spans.tolist(), sampled.tokens)):
-            result.tokens[span] = [token]
-            if at in sampled.logprobs:
-                extra = result.extras.setdefault(span, SpanResult())
-                extra.logprobs = [sampled.logprobs[at]]
-            if at in sampled.errors:
-                result.extras.setdefault(span, SpanResult()).error = sampled.errors[at]
-
-    def _extras(self, batch: Batch, hidden: Tensor, result: StepResult) -> None:
-        """Prompt logprobs and embeddings, for the spans whose requests ask for them."""
-        if not self._special:
+        if self.state is not None and self.sampler.plain(rows):
+            arrays = self.sampler.parameters(rows, lengths)
+            names = [*arrays, "row"]
+            uploaded = upload([*arrays.values(), rows], torch.int32, logits.device)
+            parameters = dict(zip(names, uploaded))
+            tokens = sample_on_gpu(logits, parameters, self.sampler.filtered(rows))
+            self.state.set_last(parameters["row"], tokens)
+            step.fetch(tokens)
             return
-        for span, row in enumerate(batch.rows.tolist()):
-            if row not in self._special:
-                continue
-            request = self.image.requests[row]
-            mine = hidden[batch.indptr[span] : batch.indptr[span + 1]]
-            end = int(batch.ends[span])
-            extra = result.extras.setdefault(span, SpanResult())
-            if request.pooling is not None:
-                extra.embedding = self._embed(row, mine, end)
-            elif end - len(mine) < self.image.prompt_len[row]:
-                extra.prompt_logprobs = self._score(row, mine, end - len(mine))
-                extra.scored_from = end - len(mine) + 1
-
-    def _embed(self, row: int, hidden: Tensor, end: int) -> list[float] | None:
-        """The pooled hidden state, of length 1, once the prompt is through."""
-        if self.image.requests[row].pooling == "mean":
-            total = hidden.float().sum(0)
-            if row in self._pooled:
-                total += self._pooled[row]
-            self._pooled[row] = total
-        else:
-            total = hidden[-1].float()
-        if end < self.image.prompt_len[row]:
-            return None
-        unit: list[float] = torch.nn.functional.normalize(total, dim=0).tolist()
-        return unit
-
-    def _score(self, row: int, hidden: Tensor, start: int) -> list[TokenLogprobs]:
-        """Logprobs of the prompt's tokens start+1 .. as far as `hidden` reaches."""
-        prompt_len = int(self.image.prompt_len[row])
-        count = self.image.requests[row].sampling.prompt_logprobs
-        assert count is not None
-        scores: list[TokenLogprobs] = []
-        targets = self.image.tokens[row, start + 1 : min(start + len(hidden) + 1, prompt_len)]
-        for at in range(0, len(targets), SCORE_ROWS):
-            part = targets[at : at + SCORE_ROWS]
-            logits = self.decoder.logits(hidden[at : at + len(part)])
-            scores += logprobs(logits, part.tolist(), count)
-        return scores
-
-
-def _use(device: torch.device) -> Callable[[], None]:
-    """Makes `device` the calling thread's own, which kernels are launched on."""
-
-    def use() -> None:
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)
-
-    return use
+        sampled = self.sampler.sample(logits, rows, lengths, self.image.tokens)
+        step.settle(sampled)
+        if self.state is not None:
+            chosen = np.array(sampled.tokens, np.int64)
+            self.state.set_last(*upload([rows, chosen], torch.int32, logits.device))

@@ -10,27 +10,35 @@ from numpy.typing import NDArray
 from kvarn.core.plan import SeqId, SeqStart, TableEdit
 from kvarn.core.request import Request
 
+Ints = NDArray[np.int64]
+NOBODY = -1  #: owner of a free row
+
 
 class Image:
-    """Rows of tokens and page tables; columns grow by doubling to the longest sequence seen."""
+    """Rows of tokens and page tables; columns grow by doubling to the longest sequence seen.
+
+    A step in flight has sampled tokens that only the device knows: `known` counts them, `filled`
+    does not.
+    """
 
     def __init__(self, n_rows: int, n_groups: int, page_size: int) -> None:
         self.page_size = page_size
         self.tokens: NDArray[np.int32] = np.zeros((n_rows, 1024), np.int32)
-        self.known = np.zeros(n_rows, np.int64)  #: tokens known in each row
+        self.known = np.zeros(n_rows, np.int64)  #: tokens of each row
+        self.filled = np.zeros(n_rows, np.int64)  #: tokens whose values are in `tokens`
         self.prompt_len = np.zeros(n_rows, np.int64)
+        self.owner = np.full(n_rows, NOBODY, np.int64)  #: sequence of each row
         self.tables: list[NDArray[np.int32]] = [
             np.zeros((n_rows, 64), np.int32) for _ in range(n_groups)
         ]
         self.requests: dict[int, Request] = {}  #: by row
+        #: what was written into the tables, as (group, row, first column, pages); the device's
+        #: copy takes and clears it
+        self.writes: list[tuple[int, int, int, list[int]]] = []
         self._row: dict[SeqId, int] = {}
         self._free = list(range(n_rows - 1, -1, -1))
 
-    def row(self, seq: SeqId) -> int:
-        """The row of a sequence."""
-        return self._row[seq]
-
-    def rows(self, seqs: list[SeqId]) -> NDArray[np.int64]:
+    def rows(self, seqs: list[SeqId]) -> Ints:
         """The rows of many sequences."""
         find = self._row
         return np.array([find[seq] for seq in seqs], np.int64)
@@ -39,10 +47,11 @@ class Image:
         """Give a sequence a row and fill it."""
         row = self._free.pop()
         self._row[start.seq] = row
+        self.owner[row] = start.seq
         self.requests[row] = start.request
         self._widen_tokens(len(start.tokens) + 1)
         self.tokens[row, : len(start.tokens)] = start.tokens
-        self.known[row] = len(start.tokens)
+        self.known[row] = self.filled[row] = len(start.tokens)
         self.prompt_len[row] = start.prompt_len
         for group, pages in enumerate(start.tables):
             self._write(group, row, 0, pages)
@@ -53,6 +62,7 @@ class Image:
         row = self._row.pop(seq, None)
         if row is not None:
             self._free.append(row)
+            self.owner[row] = NOBODY
             del self.requests[row]
         return row
 
@@ -60,19 +70,28 @@ class Image:
         """Extend a page table."""
         self._write(edit.group, self._row[edit.seq], edit.at, edit.pages)
 
-    def append(self, rows: NDArray[np.int64], tokens: NDArray[np.int32]) -> None:
-        """One new token for each of `rows` (distinct)."""
+    def reserve(self, rows: Ints) -> Ints:
+        """One more token for each of `rows` (distinct), its value to come: where it will be."""
         at = self.known[rows]
         if len(at):
             self._widen_tokens(int(at.max()) + 1)
-        self.tokens[rows, at] = tokens
         self.known[rows] = at + 1
+        return at
+
+    def fill(self, rows: Ints, owners: Ints, at: Ints, tokens: NDArray[np.int32]) -> None:
+        """The values of reserved tokens; rows that have changed hands meanwhile are left alone."""
+        mine = self.owner[rows] == owners
+        if not mine.all():
+            rows, at, tokens = rows[mine], at[mine], tokens[mine]
+        self.tokens[rows, at] = tokens
+        self.filled[rows] = at + 1
 
     def _write(self, group: int, row: int, at: int, pages: list[int]) -> None:
         table = self.tables[group]
         if at + len(pages) > table.shape[1]:
             table = self.tables[group] = _widened(table, at + len(pages))
         table[row, at : at + len(pages)] = pages
+        self.writes.append((group, row, at, pages))
 
     def _widen_tokens(self, width: int) -> None:
         if width > self.tokens.shape[1]:

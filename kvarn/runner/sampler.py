@@ -7,9 +7,11 @@ temperature; min-p; top-k; top-p; choice; processed logprobs.
 
 Greedy rows (temperature 0) take the lowest id among the largest logits. The others take one uniform
 number from (key of the sequence, position) and invert the cumulated distribution in the order of
-token ids.
+token ids. On a GPU one kernel (`kvarn.kernels.triton.sample`) chooses for all rows in the same order,
+with sums in fp32: nothing has to come back to the host before the next step.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -136,11 +138,68 @@ class Sampler:
         different lengths. Errors are of that row alone.
         """
         state = self._rows[rows]
-        chosen = np.zeros(len(rows), np.int64)
         result = Sampled([])
+        choose = self._choose_on_gpu if logits.is_cuda else self._choose
         raw = np.flatnonzero((state["logprobs"] >= 0) & state["raw"])
         untouched = logits[self._index(raw)] if raw.size else logits
         self._apply_rules(logits, rows, lengths, tokens, state, result)
+        chosen = choose(logits, rows, lengths, state, result)
+        result.tokens = chosen.tolist()
+        if raw.size:
+            _report(untouched, raw, chosen, state, result)
+        return result
+
+    def plain(self, rows: Ints) -> bool:
+        """Whether these rows want nothing but a token: no rules, no logprobs."""
+        state = self._rows[rows]
+        return not state["ruled"].any() and not (state["logprobs"] >= 0).any()
+
+    def ruled(self, rows: Ints) -> bool:
+        """Whether the tokens before decide about the next one of any of these rows."""
+        return bool(self._rules) and bool(self._rows[rows]["ruled"].any())
+
+    def filtered(self, rows: Ints) -> bool:
+        """Whether top-k or top-p leaves something out in any of these rows."""
+        state = self._rows[rows]
+        return bool(((state["top_k"] > 0) | (state["top_p"] < 1)).any())
+
+    def parameters(self, rows: Ints, lengths: Ints) -> dict[str, NDArray[np.int32]]:
+        """What the GPU's kernel takes, by name, as the bits of int32 arrays."""
+        state = self._rows[rows]
+        return {
+            "temperature": np.ascontiguousarray(state["temperature"]).view(np.int32),
+            "top_k": state["top_k"].astype(np.int32),
+            "top_p": state["top_p"].astype(np.float32).view(np.int32),
+            "min_p": np.ascontiguousarray(state["min_p"]).view(np.int32),
+            "key": np.ascontiguousarray(state["key"]).view(np.int32),
+            "length": lengths.astype(np.int32),
+        }
+
+    def _choose_on_gpu(
+        self, logits: Tensor, rows: Ints, lengths: Ints, state: NDArray[np.void], result: Sampled
+    ) -> Ints:
+        arrays = self.parameters(rows, lengths)
+        parameters = dict(zip(arrays, upload(list(arrays.values()), torch.int32, logits.device)))
+        chosen = sample_on_gpu(logits, parameters, self.filtered(rows)).cpu().numpy()
+        lost = np.flatnonzero(chosen < 0)
+        if lost.size:
+            best = logits[self._index(lost)].amax(-1)
+            self._find_faults(best, lost, rows, lengths, result)
+        asked = np.flatnonzero((state["logprobs"] >= 0) & ~state["raw"])
+        for warm in (False, True):
+            some = asked[(state["temperature"][asked] > 0) == warm]
+            if some.size:
+                scores = logits[self._index(some)]
+                if warm:
+                    self._weigh(scores, state[some])
+                    scores.log_()
+                _report(scores, some, chosen, state, result)
+        return chosen.astype(np.int64)
+
+    def _choose(
+        self, logits: Tensor, rows: Ints, lengths: Ints, state: NDArray[np.void], result: Sampled
+    ) -> Ints:
+        chosen = np.zeros(len(rows), np.int64)
         warm = state["temperature"] > 0
         for group in (np.flatnonzero(~warm), np.flatnonzero(warm)):
             if not group.size:
@@ -158,10 +217,7 @@ class Sampler:
                 scores = part[self._index(asked)]
                 scores = scores.log_() if warm[group[0]] else scores
                 _report(scores, group[asked], chosen, state, result)
-        result.tokens = chosen.tolist()
-        if raw.size:
-            _report(untouched, raw, chosen, state, result)
-        return result
+        return chosen
 
     def _index(self, numbers: Ints) -> Tensor:
         return upload([numbers], torch.int64, self._device)[0]
@@ -185,9 +241,14 @@ class Sampler:
     def _draw(
         self, logits: Tensor, state: NDArray[np.void], u: NDArray[np.float64]
     ) -> tuple[Tensor, Tensor]:
-        """Draw by temperature, min-p, top-k and top-p; also the largest logit of each row.
+        """Draw by temperature, min-p, top-k and top-p; also the largest logit of each row."""
+        best = self._weigh(logits, state)
+        return draw(logits, upload([u], torch.float64, self._device)[0]), best
 
-        `logits` become the kept weights: exp((logit - largest) / temperature), 0 where left out.
+    def _weigh(self, logits: Tensor, state: NDArray[np.void]) -> Tensor:
+        """Logits to kept weights in place: exp((logit - largest) / temperature), 0 where left out.
+
+        Returns the largest logit of each row.
         """
         best = logits.amax(-1)
         fine = torch.isfinite(best)
@@ -207,7 +268,7 @@ class Sampler:
             lowest = torch.zeros_like(best)
             lowest[self._index(filtered)] = lowest_kept(some, top_k, top_p)
             weights.masked_fill_(weights < lowest[:, None], 0.0)
-        return draw(weights, upload([u], torch.float64, self._device)[0]), best
+        return best
 
     def _column(self, numbers: NDArray[np.float32]) -> Tensor:
         return upload([numbers], torch.float32, self._device)[0][:, None]
@@ -228,6 +289,27 @@ class Sampler:
             else:
                 message = f"the model's logits at position {lengths[r]} are not finite"
             result.errors.setdefault(r, message)
+
+
+def sample_on_gpu(logits: Tensor, parameters: Mapping[str, Tensor], filtered: bool) -> Tensor:
+    """Tokens [R] int32 of logits [R, V], -1 where none can be chosen; nothing waits.
+
+    `parameters` are those of `Sampler.parameters`; `filtered`: whether any row has top-k or top-p.
+    """
+    from kvarn.kernels.triton.sample import sample
+
+    bits = parameters
+    tokens: Tensor = sample(
+        logits,
+        bits["temperature"].view(torch.float32),
+        bits["top_k"],
+        bits["top_p"].view(torch.float32),
+        bits["min_p"].view(torch.float32),
+        bits["key"].view(torch.int64),
+        bits["length"],
+        filtered=filtered,
+    )
+    return tokens
 
 
 def _report(

@@ -1,0 +1,259 @@
+"""Captured decode steps: everything from the input tokens to the next ones in one replay.
+
+A bucket is a number of rows. Its captured graphs read their inputs from int32 arrays of fixed size
+on the device, which one copy from pinned memory brings up to date before each replay; rows that a
+step does not need idle: they write nothing and attend to nothing. The first step that needs a graph
+captures it, which takes about as long as two eager steps; graphs of all buckets share their memory,
+since only one runs at a time.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvarn.core.model import GroupSpec
+from kvarn.kernels.attention import GraphBackend, GraphPlan, PagedRows
+from kvarn.kernels.attention.paged import PagedAttend
+from kvarn.kernels.upload import ALIGN
+from kvarn.models.decoder import Decoder
+from kvarn.runner.batch import Batch
+from kvarn.runner.pool import KVPool
+from kvarn.runner.sampler import sample_on_gpu
+from kvarn.runner.state import DeviceState
+
+Ints = NDArray[np.int64]
+Body = Callable[[], Tensor]
+Replay = Callable[[], Tensor]
+
+#: int32 numbers of each row
+PER_ROW = {
+    "token": 1, "row": 1, "position": 1, "temperature": 1, "top_k": 1, "top_p": 1, "min_p": 1,
+    "key": 2, "length": 1,
+}  # fmt: skip
+EDITS = 2  #: page-table entries a row and group that a replay can write
+
+
+class Capture(Protocol):
+    """Makes a body that runs now into one that can be repeated."""
+
+    def __call__(self, body: Body) -> Replay:
+        """The inputs of `body` are those of an idle step."""
+        ...
+
+
+def buckets(most: int) -> list[int]:
+    """Numbers of rows that graphs are captured for, up to `most`."""
+    sizes = [1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128]
+    sizes += range(160, 257, 32)
+    sizes += range(320, max(most, 256) + 64, 64)
+    return [size for size in sizes if size < most] + [most]
+
+
+class Inputs:
+    """Named int32 arrays in one buffer: pinned copies that take turns, and the device's.
+
+    While a replay reads the device's copy, and the copy before it may still be on its way, the
+    host fills the other pinned one.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], device: torch.device) -> None:
+        step = ALIGN // 4
+        starts, total = {}, 0
+        for name, size in sizes.items():
+            starts[name] = total
+            total += -(-size // step) * step
+        cuda = device.type == "cuda"
+        self._pinned = [torch.zeros(total, dtype=torch.int32, pin_memory=cuda) for _ in range(2)]
+        self._there = torch.zeros(total, dtype=torch.int32, device=device)
+        self._turn = 0
+        self.device = {n: self._there[s : s + sizes[n]] for n, s in starts.items()}
+        self._hosts = [
+            {n: pinned.numpy()[s : s + sizes[n]] for n, s in starts.items()}
+            for pinned in self._pinned
+        ]
+
+    def host(self) -> dict[str, NDArray[np.int32]]:
+        """The arrays to fill now."""
+        self._turn = 1 - self._turn
+        return self._hosts[self._turn]
+
+    def send(self) -> None:
+        """Copy what was filled to the device, after everything launched so far."""
+        self._there.copy_(self._pinned[self._turn], non_blocking=True)
+
+
+@dataclass(slots=True)
+class Graph:
+    """One captured step."""
+
+    replay: Replay
+    plans: list[GraphPlan]
+    inputs: Inputs
+
+
+@dataclass(slots=True)
+class Graphs:
+    """The captured steps of a runner."""
+
+    decoder: Decoder
+    groups: Sequence[GroupSpec]
+    pool: KVPool
+    backend: GraphBackend
+    state: DeviceState
+    sizes: list[int]
+    capture: Capture
+    found: dict[Any, Graph] = field(default_factory=dict)
+
+    def take(self, n_rows: int) -> bool:
+        """Whether a step of so many rows can be replayed."""
+        return 0 < n_rows <= self.sizes[-1]
+
+    def run(
+        self,
+        batch: Batch,
+        entries: Sequence[tuple[Ints, Ints]],
+        sampling: Mapping[str, NDArray[np.int32]] | None,
+        filtered: bool,
+    ) -> Tensor:
+        """The next tokens [R] int32 of a batch of single rows, or its logits [R, V].
+
+        `entries` are new entries of the page tables; `sampling` the arrays of
+        `Sampler.parameters`, None for logits; `filtered`: whether they have top-k or top-p.
+        """
+        size = self.sizes[bisect_left(self.sizes, len(batch.rows))]
+        if any(len(at) > EDITS * size for at, _ in entries):  # sequences have started
+            self.state.write(entries)
+            entries = [(at[:0], pages[:0]) for at, pages in entries]
+        kind = "logits" if sampling is None else "filtered" if filtered else "tokens"
+        key = (size, kind, *(self._attention_key(rows) for rows in batch.groups))
+        graph = self.found.get(key)
+        if graph is None:
+            graph = self.found[key] = self._capture(size, kind, batch)
+        self._fill(graph, size, batch, entries, sampling or {})
+        graph.inputs.send()
+        return graph.replay()[: len(batch.rows)]
+
+    def _attention_key(self, rows: PagedRows) -> tuple[Any, ...]:
+        spec = self.decoder.spec
+        return self.backend.graph_key(rows, spec.n_heads, spec.n_kv_heads, spec.head_dim)
+
+    def _capture(self, size: int, kind: str, batch: Batch) -> Graph:
+        spec = self.decoder.spec
+        plans = [
+            self.backend.graph_plan(size, spec.n_heads, spec.n_kv_heads, spec.head_dim, rows)
+            for rows in batch.groups
+        ]
+        sizes = {name: count * size for name, count in PER_ROW.items()}
+        for index, plan in enumerate(plans):
+            sizes |= {f"edit_at_{index}": EDITS * size, f"edit_page_{index}": EDITS * size}
+            sizes |= {f"{name}_{index}": count for name, count in plan.sizes.items()}
+        inputs = Inputs(sizes, self.decoder.device)
+        graph = Graph(lambda: self.state.last, plans, inputs)
+        for index, plan in enumerate(plans):
+            mine = {name: inputs.device[f"{name}_{index}"] for name in plan.sizes}
+            plan.bind(mine, self.state.tables[index])
+        self._fill(graph, size, _idle(batch), [], {})
+        inputs.send()
+        graph.replay = self.capture(lambda: self._body(graph, kind))
+        return graph
+
+    def _fill(
+        self,
+        graph: Graph,
+        size: int,
+        batch: Batch,
+        entries: Sequence[tuple[Ints, Ints]],
+        sampling: Mapping[str, NDArray[np.int32]],
+    ) -> None:
+        """Write a step into the host's arrays; what is left over idles."""
+        host = graph.inputs.host()
+        n = len(batch.rows)
+        for name, values in (
+            ("token", batch.tokens), ("row", batch.rows), ("position", batch.positions)
+        ):  # fmt: skip
+            host[name][:n] = values
+            host[name][n:] = -1 if name == "row" else 0
+        for name in PER_ROW:
+            if name in sampling:
+                host[name][: PER_ROW[name] * n] = sampling[name]
+        for index, plan in enumerate(graph.plans):
+            at, pages = entries[index] if entries else (batch.rows[:0], batch.rows[:0])
+            host[f"edit_at_{index}"][: len(at)] = at
+            host[f"edit_at_{index}"][len(at) :] = self.state.spare
+            host[f"edit_page_{index}"][: len(at)] = pages
+            host[f"edit_page_{index}"][len(at) :] = 0
+            mine = {name: host[f"{name}_{index}"] for name in plan.sizes}
+            plan.fill(batch.groups[index], mine)
+
+    def _body(self, graph: Graph, kind: str) -> Tensor:
+        """A whole step on the device."""
+        from kvarn.kernels.triton.feed import feed, keep
+
+        inputs, state = graph.inputs.device, self.state
+        group_of = {layer: g for g, group in enumerate(self.groups) for layer in group.layers}
+        for index, table in enumerate(state.tables):
+            at = inputs[f"edit_at_{index}"].long()
+            table.index_copy_(0, at, inputs[f"edit_page_{index}"])
+        tokens = feed(inputs["token"], inputs["row"], state.last)
+
+        plans = [graph.plans[group_of[layer]] for layer in range(len(group_of))]
+        attend = PagedAttend(plans, self.pool.cache, takes_projection=True)
+        hidden = self.decoder.forward(tokens, inputs["position"], attend)
+        logits = self.decoder.logits(hidden)
+        if kind == "logits":
+            return logits
+        chosen = sample_on_gpu(logits, inputs, kind == "filtered")
+        keep(state.last, inputs["row"], chosen)
+        return chosen
+
+
+def _idle(batch: Batch) -> Batch:
+    """A step of no rows."""
+    none = batch.rows[:0]
+    groups = [
+        replace(
+            rows,
+            indptr=rows.indptr[:1],
+            start=none,
+            page_indptr=none,
+            base=none,
+            slots=none,
+            shared=None,
+        )
+        for rows in batch.groups
+    ]
+    return replace(batch, rows=none, tokens=none, positions=none, groups=groups)
+
+
+class CudaCapture:
+    """CUDA graphs on one side stream, out of one pool of memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, body: Body) -> Replay:
+        """Run once, so that kernels are compiled and libraries set up, then capture."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            body()
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                out = body()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay
