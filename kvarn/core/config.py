@@ -27,6 +27,7 @@ class EngineConfig:
     device: str = option("auto", "auto, cpu, cuda, cuda:N")
     dtype: str = option("auto", "of weights and activations: auto, float32, bfloat16, float16")
     quantization: str = option("none", "of the weights: none, int8")
+    kv_dtype: str = option("auto", "of the KV cache: auto (as the activations), fp8 (on a GPU)")
     threads: int = option(0, "CPU threads for computation; 0: all physical cores")
     max_len: int = option(0, "longest sequence; 0: the model's own limit", "tokens")
     max_seqs: int = option(256, "sequences that run at once")
@@ -40,6 +41,7 @@ class EngineConfig:
     evict: str = option("lru", "which cached prefix goes first: lru, lfu")
     attention: str = option("auto", "attention backend: auto, or a name from `kvarn parts`")
     overlap: str = option("auto", "plan the next step while one runs: auto, on, off")
+    graphs: str = option("auto", "replay captured decode steps on a GPU: auto, on, off")
     deterministic: bool = option(
         False, "batch-invariant: a request's tokens are bitwise the same alone and in any batch"
     )
@@ -121,6 +123,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "quantization": ("none", "int8"),
     "overlap": ("auto", "on", "off"),
+    "graphs": ("auto", "on", "off"),
+    "kv_dtype": ("auto", "fp8"),
 }
 
 

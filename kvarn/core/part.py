@@ -25,6 +25,7 @@ class Cap(Enum):
     BATCH_INVARIANT = "results do not depend on the rest of the batch"
     CPU_DEVICE = "computation on the CPU"
     CUDA_DEVICE = "computation on an NVIDIA GPU"
+    CAPTURE = "attention plans of fixed launches, over page tables that the device keeps"
     STEP_TIMES = "measured or modelled time of a step"
 
 

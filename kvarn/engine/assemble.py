@@ -19,13 +19,14 @@ from kvarn.models.fit import GIB, free_memory
 from kvarn.models.load import Model, load
 from kvarn.models.precision import choose_device
 from kvarn.runner.executor import Runner
+from kvarn.runner.factory import RunnerFactory
 from kvarn.runner.grammar import GrammarCompiler
-from kvarn.runner.memory import Ledger, workspace_bytes
-from kvarn.runner.pool import KVPool
+from kvarn.runner.memory import Ledger
 from kvarn.runner.sampler import Sampler
+from kvarn.runner.warm import decode_step
 from kvarn.schedule.control import Capacity, ControlPlane
 
-KV_SHARE = {"cpu": 0.25, "cuda": 0.9}  #: of the free memory, where kv_memory is not given
+KV_SHARE = {"cpu": 0.25, "cuda": 0.95}  #: of the free memory, where kv_memory is not given
 DEVICE_CAPS = {"cpu": Cap.CPU_DEVICE, "cuda": Cap.CUDA_DEVICE}
 KV_MOST_CPU = 4 * GIB  #: a laptop's memory is not ours alone
 
@@ -81,18 +82,28 @@ def assemble(resolved: Resolved) -> Assembly:
     model = load(resolved)
     spec, device = model.spec, model.device
     seconds = {"kernels": compiled, **model.seconds}
-    began = time.perf_counter()
     groups = spec.groups()
-    _choose_step(resolved, device)
+    captured = device.type == "cuda" and Cap.CAPTURE in parts["attention"].gives
+    _choose_step(resolved, device, captured)
     _choose_threads(resolved)
-    pages, ledger = _choose_pages(resolved, model, groups)
-    backend = parts["attention"]()
-    pool = KVPool(backend, groups, pages, config.page_size, model.dtype, device)
-    seconds["kv cache"] = time.perf_counter() - began
+    kv_kind = _choose_kv_dtype(resolved, model)
     grammars = None
     if model.tokenizer is not None and spec.eos_ids:
         grammars = GrammarCompiler.of(model.tokenizer, spec.eos_ids, spec.vocab)
     sampler = Sampler(spec.vocab, device, config.seed, grammars)
+    build = RunnerFactory(config, model, groups, parts["attention"](), sampler, kv_kind, captured)
+    began = time.perf_counter()
+    workspace = build.workspace()
+    seconds["largest step"] = time.perf_counter() - began
+    began = time.perf_counter()
+    pages, ledger = _choose_pages(resolved, model, groups, workspace, kv_kind.itemsize)
+    runner = build.runner(pages, config.max_len)
+    seconds["kv cache"] = time.perf_counter() - began
+    if runner.graphs is not None:
+        began = time.perf_counter()
+        for n_seqs in (config.max_seqs, 1):  # the largest first: all graphs share its memory
+            decode_step(runner, n_seqs)
+        seconds["graphs"] = time.perf_counter() - began
     control = ControlPlane(
         parts["scheduler"](),
         KVManager(groups, pages, config.page_size, _prefix_index(config, groups, parts)),
@@ -100,15 +111,6 @@ def assemble(resolved: Resolved) -> Assembly:
     )
     limits = Limits(
         vocab=spec.vocab, max_len=config.max_len, has_tokenizer=model.tokenizer is not None
-    )
-    runner = Runner(
-        model.decoder,
-        groups,
-        pool,
-        backend,
-        sampler,
-        config.page_size,
-        config.max_seqs,
     )
     return Assembly(
         model,
@@ -172,18 +174,35 @@ def _prefix_index(
     return index
 
 
-def _choose_step(resolved: Resolved, device: torch.device) -> None:
-    """Budget and overlap, where the user left them to us."""
+def _choose_step(resolved: Resolved, device: torch.device, captured: bool) -> None:
+    """Budget, overlap and graphs, where the user left them to us."""
     config = resolved.config
     if config.budget == 0:
         budget = 8192 if device.type == "cuda" else 512
         why = "a chunk that fills the device's matrix units without stalling decodes"
         resolved.choose("budget", max(budget, config.max_seqs), "device", why)
     if config.overlap == "auto":
-        why = "planning and computing share the cores"
-        if device.type == "cuda":
-            why = "launching eager kernels keeps the host busy: a second thread made it slower"
-        resolved.choose("overlap", "off", "measured", why)
+        choice, why = "off", "planning and computing share the cores"
+        if captured:
+            choice, why = "on", "the GPU computes a step while the host plans the next"
+        resolved.choose("overlap", choice, "device", why)
+    if config.graphs == "on" and not captured:
+        raise ConfigError(
+            f"graphs=on needs a GPU and an attention part that gives CAPTURE; attention "
+            f"{config.attention!r} on {device.type} is none; leave graphs=auto"
+        )
+    if config.graphs == "auto":
+        why = "decode steps are replayed" if captured else "there is no GPU to replay them"
+        resolved.choose("graphs", "on" if captured else "off", "device", why)
+
+
+def _choose_kv_dtype(resolved: Resolved, model: Model) -> torch.dtype:
+    """The number format of the KV cache."""
+    if resolved.config.kv_dtype == "auto":
+        return model.dtype
+    if model.device.type != "cuda":
+        raise ConfigError("kv_dtype=fp8 runs on a GPU only; leave it out on the CPU")
+    return torch.float8_e4m3fn
 
 
 def _choose_threads(resolved: Resolved) -> None:
@@ -195,15 +214,14 @@ def _choose_threads(resolved: Resolved) -> None:
 
 
 def _choose_pages(
-    resolved: Resolved, model: Model, groups: list[GroupSpec]
+    resolved: Resolved, model: Model, groups: list[GroupSpec], workspace: int, wide: int
 ) -> tuple[list[int], Ledger]:
-    """Pages by group, the longest sequence that they allow, and the ledger."""
+    """Pages by group, the longest sequence that they allow, and the ledger.
+
+    `workspace`: what a step takes beside weights and KV; `wide`: size of a number in the cache.
+    """
     config, spec = resolved.config, model.spec
     size = config.page_size
-    wide = model.dtype.itemsize
-    workspace = workspace_bytes(
-        config.budget, spec.hidden, spec.ffn, spec.vocab, min(config.max_seqs, config.budget)
-    )
     free, total = free_memory(model.device)
     longest = config.max_len or spec.max_len
     # more than this could never be used

@@ -9,6 +9,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from torch import OutOfMemoryError
+from torch.cuda import empty_cache
+
 from kvarn.core.bad_words import encode_bad_words
 from kvarn.core.config import Resolved
 from kvarn.core.errors import RequestError
@@ -101,15 +104,25 @@ class Engine:
     def _step_overlapped(self) -> list[Output]:
         """Decide step n+1 and hand it over while step n computes; then record step n."""
         plan = self.control.plan(self.clock())
-        ahead = (plan, self.executor.launch(plan)) if plan.has_work else None
+        ahead, refusal = None, None
+        try:
+            ahead = (plan, self.executor.launch(plan)) if plan.has_work else None
+        except Exception as error:
+            refusal = error
         done, self._in_flight = self._in_flight, ahead
-        if done is None:
-            return []
-        plan, pending = done
+        outputs = [] if done is None else self._collect(*done)
+        return outputs if refusal is None else outputs + self._broken([plan], refusal)
+
+    def _collect(self, plan: StepPlan, pending: Pending) -> list[Output]:
+        """Record a step that was handed over; the one behind it falls with it."""
         try:
             result = pending.result()
         except Exception as error:
-            return self._broken([plan] + ([ahead[0]] if ahead else []), error)
+            ahead, self._in_flight = self._in_flight, None
+            if ahead is None:
+                return self._broken([plan], error)
+            _wait(ahead[1])  # let it end before its pages are given to others
+            return self._broken([plan, ahead[0]], error)
         return self._record(plan, result)
 
     def _record(self, plan: StepPlan, result: StepResult) -> list[Output]:
@@ -134,16 +147,25 @@ class Engine:
         return [Progress(seq, [], "error", None, SpanResult(error=message))]
 
     def _broken(self, plans: list[StepPlan], error: Exception) -> list[Output]:
-        """The step raised: its sequences end with the error, everything else goes on."""
-        log.exception("step %d failed", plans[0].step)
-        if len(plans) > 1 and self._in_flight is not None:
-            _wait(self._in_flight[1])  # let it end before its pages are given to others
-            self._in_flight = None
+        """The steps raised: their sequences end with the error, everything else goes on.
+
+        Where the device was out of memory they are computed again in smaller steps instead.
+        """
         now = self.clock()
+        if isinstance(error, OutOfMemoryError):
+            ended = self.control.retreat(plans, now)
+            empty_cache()
+            log.warning(
+                "out of memory in step %d: from now on %d positions and %d sequences a step",
+                plans[0].step, self.control.budget, self.control.max_seqs,
+            )  # fmt: skip
+        else:
+            log.exception("step %d failed", plans[0].step, exc_info=error)
+            ended = self.control.fail(plans, now)
         message = f"the engine failed while computing this request: {error}"
         return [
             self._output(Progress(seq, [], "error", None, SpanResult(error=message)), now)
-            for seq in self.control.fail(plans, now)
+            for seq in ended
         ]
 
     # hand-over

@@ -4,6 +4,10 @@ from dataclasses import dataclass
 
 from kvarn.models.fit import GIB
 
+#: kept free for captured graphs: their shared memory is that of the largest decode step, and each
+#: graph's nodes take some megabytes of the driver
+GRAPHS_BYTES = 1 << 29
+
 
 @dataclass(slots=True)
 class Ledger:

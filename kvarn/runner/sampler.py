@@ -7,7 +7,7 @@ temperature; min-p; top-k; top-p; choice; processed logprobs.
 
 Greedy rows (temperature 0) take the lowest id among the largest logits. The others take one uniform
 number from (key of the sequence, position) and invert the cumulated distribution in the order of
-token ids. On a GPU one kernel (`kvarn.kernels.triton.sample`) chooses for all rows in the same order,
+token ids. On a GPU one kernel (`kvarn.kernels.triton.sample`) chooses for all rows in this order,
 with sums in fp32: nothing has to come back to the host before the next step.
 """
 

@@ -58,6 +58,8 @@ class ControlPlane:
         self.scheduler = scheduler
         self.kv = kv
         self.capacity = capacity
+        self.budget = capacity.budget  #: positions of a step; lower after running out of memory
+        self.max_seqs = capacity.max_seqs  #: sequences that run at once; likewise
         self.queues = Queues()
         self.seqs: dict[SeqId, Seq] = {}
         self._by_request: dict[str, list[Seq]] = {}
@@ -89,7 +91,7 @@ class ControlPlane:
     @property
     def free_places(self) -> int:
         """Sequences that could run beside those that do; they need no place in the queue."""
-        return self.capacity.max_seqs - len(self.queues.running)
+        return self.max_seqs - len(self.queues.running)
 
     def _new_seq(self, request: Request, index: int) -> Seq:
         params = request.sampling
@@ -150,8 +152,7 @@ class ControlPlane:
         plan = StepPlan(self._step, stops=self._gone)
         self._gone = []
         self._step += 1
-        capacity = self.capacity
-        step = Planner(plan, self.queues, self.kv, capacity.budget, capacity.max_seqs, now)
+        step = Planner(plan, self.queues, self.kv, self.budget, self.max_seqs, now)
         self.scheduler.plan(step, now)
         count = self._count
         count.preemptions += len(step.preempted)
@@ -226,6 +227,41 @@ class ControlPlane:
             self.finish(seq, "error", now, keep=False)
         self.kv.clear(now)
         return list(broken.values())
+
+    def retreat(self, plans: Iterable[StepPlan], now: float) -> list[Seq]:
+        """The device had no room for steps: put their sequences back, and plan smaller ones.
+
+        Returns those that ended because no smaller step could hold them. Pages are all intact, but
+        what the steps should have computed is not there, so nothing of it may serve prefix hits.
+        """
+        ended = []
+        for plan in plans:
+            large = plan.n_tokens > len(plan.spans)
+            if large:
+                self.budget = max(plan.n_tokens // 2, 1)
+            elif len(plan.spans) > 1:
+                self.max_seqs = len(plan.spans) // 2
+            for span in plan.spans:
+                seq = self.seqs.get(span.seq)
+                if seq is None:
+                    continue
+                seq.pending -= span.wants_logits
+                if plan.n_tokens == 1:
+                    self.finish(seq, "error", now, keep=False)
+                    ended.append(seq)
+                elif seq.status is Status.RUNNING:
+                    self._put_back(seq, now)
+        self.kv.clear(now)
+        return ended
+
+    def _put_back(self, seq: Seq, now: float) -> None:
+        """A running sequence waits again and will be computed anew."""
+        self.queues.remove(seq)
+        self.kv.release(seq, now, keep=False)
+        self._gone.append(seq.id)
+        seq.preemptions += 1
+        self._count.preemptions += 1
+        self.queues.enqueue(seq)
 
     # what is there
 
