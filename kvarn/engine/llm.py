@@ -11,6 +11,7 @@ from kvarn.core.output import Output, Timings
 from kvarn.core.plan import TokenLogprobs
 from kvarn.core.request import PoolingKind, Request, SamplingParams
 from kvarn.engine.engine import Engine
+from kvarn.engine.garbage import paced
 
 Prompt = str | list[int]
 
@@ -134,18 +135,20 @@ class LLM:
         todo = list(reversed(requests))
         open_sequences = 0
         try:
-            while todo or engine.has_work:
-                while todo and open_sequences + todo[-1].sampling.n <= max(
-                    room, todo[-1].sampling.n
-                ):
-                    request = todo.pop()
-                    engine.add(request)
-                    open_sequences += request.sampling.n
-                for output in engine.step():
-                    _record(done[output.request_id], output)
-                    open_sequences -= output.finish is not None
-                    if on_output is not None:
-                        on_output(output)
+            with paced() as stepped:
+                while todo or engine.has_work:
+                    while todo and open_sequences + todo[-1].sampling.n <= max(
+                        room, todo[-1].sampling.n
+                    ):
+                        request = todo.pop()
+                        engine.add(request)
+                        open_sequences += request.sampling.n
+                    for output in engine.step():
+                        _record(done[output.request_id], output)
+                        open_sequences -= output.finish is not None
+                        if on_output is not None:
+                            on_output(output)
+                    stepped()
         except BaseException:
             for request in requests:
                 engine.abort(request.id)

@@ -19,6 +19,7 @@ from kvarn.core.errors import KvarnError, RequestError
 from kvarn.core.model import ModelSpec
 from kvarn.core.output import EngineStats, Output
 from kvarn.core.request import Request
+from kvarn.engine.garbage import paced
 from kvarn.serve import wire
 
 log = logging.getLogger("kvarn.worker")
@@ -78,12 +79,14 @@ def handle(engine: Engine, link: wire.Link, message: wire.ToEngine) -> None:
 
 def loop(engine: Engine, link: wire.Link) -> None:
     """Serve until the API process is gone (`Closed`)."""
-    while True:
-        for message in link.receive(wait=not engine.has_work):
-            handle(engine, link, message)
-        outputs = engine.step()
-        if outputs:
-            link.send(wire.Outputs(outputs))
+    with paced() as stepped:
+        while True:
+            for message in link.receive(wait=not engine.has_work):
+                handle(engine, link, message)
+            outputs = engine.step()
+            if outputs:
+                link.send(wire.Outputs(outputs))
+            stepped()
 
 
 def run(link: wire.Link) -> None:

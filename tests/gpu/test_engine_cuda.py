@@ -34,10 +34,14 @@ def wanted(tiny_folder: Any) -> Any:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma2"])
 @pytest.mark.parametrize("overlap", ["off", "on"])
-def test_tokens_equal_naive(tiny_folder: Any, wanted: Any, family: str, overlap: str) -> None:
+@pytest.mark.parametrize("graphs", ["off", "on"])
+def test_tokens_equal_naive(
+    tiny_folder: Any, wanted: Any, family: str, overlap: str, graphs: str
+) -> None:
     requests, answers = wanted(family)
+    options = {"device": "cuda", "overlap": overlap, "graphs": graphs}
     for budget in (7, 64, 512):
-        engine = make_engine(tiny_folder(family), device="cuda", overlap=overlap, budget=budget)
+        engine = make_engine(tiny_folder(family), budget=budget, **options)
         assert run(engine, requests, seed=budget) == answers
         assert engine.control.check_integrity() == []
         assert engine.stats().kv_pages_used == 0
@@ -94,7 +98,32 @@ def test_auto_chooses_the_gpu_and_triton(tiny_folder: Any) -> None:
     engine = make_engine(tiny_folder("llama"), device="auto")
     assert engine.resolved.config.device == "cuda"
     assert engine.resolved.config.attention == "triton"
-    assert not engine.overlap  # eager steps: a second thread makes them slower
+    assert engine.overlap
+    assert engine.resolved.config.graphs == "on"
+
+
+@pytest.mark.parametrize("prefix", ["hash", "none"])
+def test_nothing_waits_for_the_device(tiny_folder: Any, prefix: str) -> None:
+    """Prompts, decodes, starts and ends: no step makes the host wait but for its result."""
+    engine = make_engine(tiny_folder("llama"), device="cuda", prefix=prefix)
+
+    def serve(first: int) -> int:
+        for i in range(first, first + 8):
+            sampling = SamplingParams(
+                temperature=0.7 * (i % 2), top_k=5 * (i % 4 == 3), max_tokens=5 + i, ignore_eos=True
+            )
+            engine.add(Request(f"r{i}", [3 + i] * (5 + 3 * i), sampling))
+        count = 0
+        while engine.has_work:
+            count += sum(len(output.tokens) for output in engine.step())
+        return count
+
+    wanted = serve(0)  # compiles and captures
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert serve(0) == wanted
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("attention", ["cpu", "native", "reference", "invariant"])
