@@ -27,8 +27,8 @@ def _turn(
     second = tl.load(source + HALF, mask=inside).to(tl.float32)
     target = out + (row * HEADS + head) * DIM + dim[None, :]
     kind = out.dtype.element_ty
-    tl.store(target, (first * cos_1 + second * sin_1).to(kind), mask=inside)
-    tl.store(target + HALF, (second * cos_2 + first * sin_2).to(kind), mask=inside)
+    tl.store(target, tl.fma(first, cos_1, second * sin_1).to(kind), mask=inside)
+    tl.store(target + HALF, tl.fma(second, cos_2, first * sin_2).to(kind), mask=inside)
 
 
 @triton.jit
