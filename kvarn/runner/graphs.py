@@ -124,7 +124,7 @@ class Graphs:
         """The next tokens [R] int32 of a batch of single rows, or its logits [R, V].
 
         `entries` are new entries of the page tables; `sampling` the arrays of
-        `Sampler.parameters`, None for logits; `filtered`: whether they have top-k or top-p.
+        `Sampler.parameters`, None for logits; `filtered`: whether they have filters.
         """
         size = self.sizes[bisect_left(self.sizes, len(batch.rows))]
         if any(len(at) > EDITS * size for at, _ in entries):  # sequences have started

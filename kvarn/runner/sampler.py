@@ -159,9 +159,9 @@ class Sampler:
         return bool(self._rules) and bool(self._rows[rows]["ruled"].any())
 
     def filtered(self, rows: Ints) -> bool:
-        """Whether top-k or top-p leaves something out in any of these rows."""
+        """Whether top-k, top-p or min-p leaves something out in any of these rows."""
         state = self._rows[rows]
-        return bool(((state["top_k"] > 0) | (state["top_p"] < 1)).any())
+        return bool(((state["top_k"] > 0) | (state["top_p"] < 1) | (state["min_p"] > 0)).any())
 
     def parameters(self, rows: Ints, lengths: Ints) -> dict[str, NDArray[np.int32]]:
         """What the GPU's kernel takes, by name, as the bits of int32 arrays."""
