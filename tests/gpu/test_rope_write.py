@@ -202,7 +202,10 @@ def test_feed(n: int, scale: float) -> None:
     assert torch.equal(feed.feed(*here).cpu(), wanted)
     table = torch.randn(40, 72).bfloat16()
     found = feed.feed_embed(*here, table.to(DEVICE), scale).cpu()
-    assert torch.equal(found, embedding(wanted, table) * scale)
+    # the interpreter truncates to bf16
+    torch.testing.assert_close(
+        found, embedding(wanted, table) * scale, atol=0.0, rtol=8e-3 if INTERPRETED else 0.0
+    )
 
 
 def test_keep() -> None:
