@@ -16,7 +16,8 @@ pytest.importorskip("triton")
 
 from kvarn.core.errors import ConfigError
 from kvarn.kernels.attention import PagedRows
-from kvarn.kernels.attention.tiles import HIGH, LOW, PART, ROW, ROWS, work
+from kvarn.kernels.attention.layout import Heads, lay_out
+from kvarn.kernels.attention.tiles import HIGH, LOW, PART, ROW, ROWS
 from kvarn.kernels.attention.triton import TritonAttention
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -106,10 +107,10 @@ def test_softcap() -> None:
 
 def test_long_contexts_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some in many parts, some in one, chunks as well."""
-    monkeypatch.setattr("kvarn.kernels.attention.triton.DECODE_LEAST", 1)
-    monkeypatch.setattr("kvarn.kernels.attention.triton.CHUNK_LEAST", 1)
-    monkeypatch.setattr("kvarn.kernels.attention.triton.CHUNK_WAVES", 1000)
-    monkeypatch.setattr("kvarn.kernels.attention.triton.DECODE_WAVES", 1000)
+    monkeypatch.setattr("kvarn.kernels.attention.layout.DECODE_LEAST", 1)
+    monkeypatch.setattr("kvarn.kernels.attention.layout.CHUNK_LEAST", 1)
+    monkeypatch.setattr("kvarn.kernels.attention.layout.CHUNK_WAVES", 1000)
+    monkeypatch.setattr("kvarn.kernels.attention.layout.DECODE_WAVES", 1000)
     spans = [(900, 1), (300, 1), (20, 1), (600, 3), (500, 70)]
     check(make(spans))
     check(make(spans, window=400))
@@ -204,14 +205,15 @@ def test_bad_shapes_are_refused() -> None:
 def test_every_row_and_position_is_in_one_item() -> None:
     """Tiles cover each span's rows once, and the parts of a tile its KV range once."""
     case = make([(4000, 1), (10, 300), (0, 1), (900, 2)])
-    spans = np.flatnonzero(np.diff(case.rows.indptr))
-    found = work(case.rows, spans, 32, 2, 100, 1)
+    work = lay_out(case.rows, Heads(4, 2, 64, 4, 25)).work
+    items_of_all = np.concatenate(work.items)
     tiles: dict[int, list[np.ndarray]] = {}
-    for item in found.items:
+    for item in items_of_all:
         tiles.setdefault(int(item[ROW]), []).append(item)
     assert sum(int(items[0][ROWS]) for items in tiles.values()) == len(case.q)
-    parts = sorted(int(item[PART]) for item in found.items if item[PART] >= 0)
-    assert parts == list(range(found.n_parts))
+    partial = items_of_all[items_of_all[:, PART] >= 0]
+    slots = [slot for item in partial for slot in range(item[PART], item[PART] + item[ROWS])]
+    assert sorted(slots) == sorted(work.entries.tolist()) == list(range(work.n_slots))
     for items in tiles.values():
         items.sort(key=lambda item: int(item[LOW]))
         assert all(a[HIGH] == b[LOW] for a, b in pairwise(items))

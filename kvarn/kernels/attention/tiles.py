@@ -1,80 +1,157 @@
 """From CSR rows to work items of equal shape: query tiles, split along the KV where that pays.
 
 An item is one tile of query rows against one range of KV positions; the query heads of a KV head
-are folded into the tile. Decode-like spans fit into one small tile, the others are cut into large
-ones. Items that share a tile leave partial results, which `merges` name (arXiv 2501.01005, 3.3).
+are folded into the tile. A row that one item does not cover is in several, which leave partial
+results in slots, one a row; `merges` lists the slots of each such row in the order in which they are
+merged (arXiv 2501.01005, 3.3). Splits, shared prefixes and any mixture of them are such lists.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvarn.kernels.attention import Ints, PagedRows
 
-#: columns of an item
+#: columns of an item: first flattened row, number of rows, position of the first row, index of the
+#: first page, position of that page's first slot, first KV position, end of the KV positions, slot
+#: of the first row's partial result or -1 where the result is final
 ROW, ROWS, START, PAGE_AT, BASE, LOW, HIGH, PART = range(8)
 STEP = 256  #: splits end at multiples of this many positions from where they began
 
 
+@dataclass(slots=True, frozen=True)
+class Cut:
+    """How the tiles of one launch are cut."""
+
+    height: int  #: rows of a tile at most
+    programs: int  #: programs, one an item and KV head, that splitting aims at
+    least: int  #: KV positions below which a range is not split further
+
+
 @dataclass(slots=True)
 class Work:
-    """Items of one launch.
+    """The items of some launches, and what is merged after them."""
 
-    `items` [n, 8]: first flattened row, number of rows, position of the first row, index of the
-    span's first page, position of that page's first slot, first KV position, end of the KV
-    positions, number of the partial result or -1.
-    `merges` [m, 4]: first flattened row, number of rows, first partial result, number of them.
+    items: list[Ints]  #: a launch: [n, 8], most KV first
+    merges: Ints  #: [m, 3] flattened row, its first entry, number of its entries
+    entries: Ints  #: slots
+    n_slots: int
+
+
+def tiles(rows: PagedRows, spans: Ints, low: Ints, height: int) -> Ints:
+    """Items [n, 8] of the given spans, at most `height` rows each, not yet split.
+
+    `low` [S] is the first position that a span's own items see: above `base` where an item of a
+    shared prefix sees those before. Such items are partial: their PART is 0, that of others -1.
     """
-
-    items: NDArray[np.int64]
-    merges: NDArray[np.int64]
-    n_parts: int
-
-
-def work(
-    rows: PagedRows, spans: Ints, height: int, kv_heads: int, programs: int, least: int
-) -> Work:
-    """Tiles of at most `height` rows of the given spans, most KV first.
-
-    Ranges of KV are cut so that about `programs` programs (one an item and KV head) are there to
-    fill the device, but none below `least` positions.
-    """
-    lengths = rows.indptr[spans + 1] - rows.indptr[spans]
-    counts = -(-lengths // height)
-    span = np.repeat(spans, counts)
-    skip = (np.arange(len(span)) - np.repeat(np.cumsum(counts) - counts, counts)) * height
-    n = np.minimum(height, np.repeat(lengths, counts) - skip)
-    start = rows.start[span] + skip
-    high = start + n
-    base = rows.base[span]
-    low = base
+    first = rows.indptr[spans]
+    length = rows.indptr[spans + 1] - first
+    start, skip = rows.start[spans], np.int64(0)
+    if len(spans) and length.max() > height:
+        counts = -(-length // height)
+        skip = (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)) * height
+        spans, first, length, start = (np.repeat(x, counts) for x in (spans, first, length, start))
+        length = np.minimum(height, length - skip)
+        start = start + skip
+    items = np.empty((len(spans), 8), np.int64)
+    items[:, ROW] = first + skip
+    items[:, ROWS] = length
+    items[:, START] = start
+    items[:, PAGE_AT] = rows.page_indptr[spans]
+    base = rows.base[spans]
+    items[:, BASE] = base
+    items[:, LOW] = low[spans]
+    items[:, HIGH] = start + length
+    items[:, PART] = -(items[:, LOW] == base).astype(np.int64)
     if rows.window is not None:  # from the start of a page on
         seen = np.maximum(start - rows.window + 1 - base, 0)
-        low = base + seen // rows.page_size * rows.page_size
-    limit = split_length(high - low, kv_heads, programs, least)
-    pieces = -(-(high - low) // limit)
-    tile = np.repeat(np.arange(len(span)), pieces)
-    nth = np.arange(len(tile)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    split = pieces > 1
-    first_part = np.cumsum(np.where(split, pieces, 0)) - np.where(split, pieces, 0)
-    items = np.empty((len(tile), 8), np.int64)
-    items[:, ROW] = (rows.indptr[span] + skip)[tile]
-    items[:, ROWS] = n[tile]
-    items[:, START] = start[tile]
-    items[:, PAGE_AT] = rows.page_indptr[span][tile]
-    items[:, BASE] = base[tile]
-    items[:, LOW] = low[tile] + nth * limit
-    items[:, HIGH] = np.minimum(high[tile], items[:, LOW] + limit)
-    items[:, PART] = np.where(split[tile], first_part[tile] + nth, -1)
-    order = np.argsort(items[:, LOW] - items[:, HIGH], kind="stable")
-    merges = np.stack(
-        ((rows.indptr[span] + skip)[split], n[split], first_part[split], pieces[split]), 1
-    )
-    return Work(items[order], merges, int(pieces[split].sum()))
+        items[:, LOW] = base + seen // rows.page_size * rows.page_size
+    return items
 
 
-def split_length(lengths: Ints, kv_heads: int, programs: int, least: int) -> int:
-    """KV positions of the longest item, a multiple of `STEP`; `lengths` are those of the tiles."""
-    even = -(-int(lengths.sum()) * kv_heads // programs) if len(lengths) else 1
-    return -(-max(even, least) // STEP) * STEP
+def shared_tiles(rows: PagedRows, runs: Ints, height: int) -> Ints:
+    """Items [n, 8] of runs of spans (first span, spans, positions shared); every row sees all."""
+    first = rows.indptr[runs[:, 0]]
+    length = rows.indptr[runs[:, 0] + runs[:, 1]] - first
+    counts = -(-length // height)
+    skip = (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)) * height
+    items = np.zeros((len(skip), 8), np.int64)
+    items[:, ROW] = np.repeat(first, counts) + skip
+    items[:, ROWS] = np.minimum(height, np.repeat(length, counts) - skip)
+    items[:, PAGE_AT] = np.repeat(rows.page_indptr[runs[:, 0]], counts)
+    base = np.repeat(rows.base[runs[:, 0]], counts)
+    items[:, BASE] = items[:, LOW] = base
+    items[:, HIGH] = items[:, START] = base + np.repeat(runs[:, 2], counts)
+    return items
+
+
+def split_length(items: Ints, kv_heads: int, cut: Cut) -> int:
+    """KV positions of the longest item after splitting, a multiple of `STEP`.
+
+    The ranges are cut so that about `cut.programs` programs share them evenly. As a range of n
+    positions gives fewer than n / length + 1 items, and the n add up to at most length * programs /
+    kv_heads, there are fewer than len(items) + programs / kv_heads items after splitting. Fewer than
+    programs / kv_heads ranges are longer than the length and so are split, into fewer than
+    2 * programs / kv_heads items.
+    """
+    positions = int(items[:, HIGH].sum() - items[:, LOW].sum())
+    even = -(-positions * kv_heads // cut.programs)
+    return -(-max(even, cut.least) // STEP) * STEP
+
+
+def split(items: Ints, length: int) -> Ints:
+    """The items, in pieces of at most `length` positions in order; pieces are partial."""
+    spans = items[:, HIGH] - items[:, LOW]
+    if not len(items) or spans.max() <= length:
+        return items
+    return in_pieces(items, -(-spans // length), length)
+
+
+def in_pieces(items: Ints, pieces: Ints, length: int) -> Ints:
+    """The items, each in the given number of pieces; all but the last have `length` positions."""
+    nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    items = np.repeat(items, pieces, axis=0)
+    items[:, LOW] += nth * length
+    np.minimum(items[:, HIGH], items[:, LOW] + length, out=items[:, HIGH])
+    items[np.repeat(pieces > 1, pieces), PART] = 0
+    return items
+
+
+def joined(launches: Sequence[Ints], window: int | None) -> Work:
+    """Number the slots of the partial items, list the slots of every row, order the items.
+
+    Slots are merged in the order of the launches given, and of their items.
+    """
+    parts = [items[items[:, PART] >= 0] for items in launches]
+    n_slots, rows_of, unseen = 0, [], []
+    for items, partial in zip(launches, parts):
+        if not len(partial):
+            continue
+        count = partial[:, ROWS]
+        ends = np.cumsum(count)
+        items[items[:, PART] >= 0, PART] = n_slots + ends - count
+        nth = np.arange(ends[-1]) - np.repeat(ends - count, count)
+        rows_of.append(np.repeat(partial[:, ROW], count) + nth)
+        if window is not None:
+            end = np.repeat(partial[:, HIGH] - partial[:, START], count)
+            unseen.append(end <= nth - window + 1)
+        n_slots += int(ends[-1])
+    merges, entries = _lists(rows_of, unseen)
+    ordered = [items[np.argsort(items[:, LOW] - items[:, HIGH], kind="stable")]
+               for items in launches]  # fmt: skip
+    return Work(ordered, merges, entries, n_slots)
+
+
+def _lists(rows_of: list[Ints], unseen: list[Ints]) -> tuple[Ints, Ints]:
+    """`merges` and `entries` of slots whose flattened rows are given, but for unseen ones."""
+    if not rows_of:
+        return np.empty((0, 3), np.int64), np.empty(0, np.int64)
+    row_of = np.concatenate(rows_of)
+    entries = np.argsort(row_of, kind="stable")
+    if unseen:
+        entries = entries[~np.concatenate(unseen)[entries]]
+    row_of = row_of[entries]
+    first = np.flatnonzero(np.diff(row_of, prepend=-1))
+    counts = np.diff(first, append=len(entries))
+    return np.stack((row_of[first], first, counts), 1), entries

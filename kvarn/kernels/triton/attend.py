@@ -27,6 +27,8 @@ def _fold(
     keys_at = at + step
     dims = tl.arange(0, BLOCK_D)
     there = keys_at < high
+    if WINDOW > 0:
+        there &= keys_at >= base
     if PAGE <= BLOCK_N:  # whole pages: the place inside a page is the same in every round
         nth = (at - base) // PAGE + step // PAGE
         inside = step % PAGE
@@ -46,6 +48,7 @@ def _fold(
     else:
         keys = tl.load(spot)
         values = tl.load(spot + PAGE * DIM)
+    keys, values = keys.to(queries.dtype), values.to(queries.dtype)  # an fp8 cache
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
     if CAPPED:
         # tanh(x) = 1 - 2 / (exp(2x) + 1); 2.885... = 2 / ln 2
@@ -85,6 +88,8 @@ def attend(
     item = items + program // KV_HEADS * 8
     row = tl.load(item).to(tl.int64)
     n = tl.load(item + 1)
+    if n == 0:  # an idle item of a captured launch
+        return
     start = tl.load(item + 2)
     pages += tl.load(item + 3)
     base = tl.load(item + 4)
@@ -125,9 +130,9 @@ def attend(
     out = out / tl.where(empty, 1.0, total)[:, None]
     sums = tl.where(empty, float("-inf"), (peak + tl.log2(total)) * LN2)
     if part >= 0:
-        at_part = (part * KV_HEADS + head).to(tl.int64) * BLOCK_M + m
-        tl.store(part_o + at_part[:, None] * DIM + dims[None, :], out, mask=inside)
-        tl.store(part_lse + at_part, sums, mask=live)
+        slot = (part + m // GROUP).to(tl.int64) * (KV_HEADS * GROUP) + heads
+        tl.store(part_o + slot[:, None] * DIM + dims[None, :], out, mask=inside)
+        tl.store(part_lse + slot, sums, mask=live)
     else:
         place = rows * (KV_HEADS * GROUP) + heads
         tl.store(o + place[:, None] * DIM + dims[None, :], out.to(o.dtype.element_ty), mask=inside)

@@ -1,48 +1,50 @@
-"""Merge of the partial results of split tiles, in the order of their KV ranges: no atomics."""
+"""Merge of partial results, in the order of their lists: no atomics."""
 
 import triton
 import triton.language as tl
 
+BLOCK_E, WARPS = 16, 4
+
 
 @triton.jit
 def merge(
-    merges, part_o, part_lse, o, lse,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, LSE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
+    merges, entries, part_o, part_lse, o, lse,
+    HEADS: tl.constexpr, DIM: tl.constexpr, LSE: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program a row of `merges`, KV head and TILE of the BLOCK_M packed rows of the tile.
+    """One program a row of `merges` [m, 3] (flattened row, its first entry, entries) and head.
 
-    part_o [parts, Hkv, BLOCK_M, d] and part_lse [parts, Hkv, BLOCK_M] are fp32; an empty range has
-    lse = -inf.
+    `entries` are slots of part_o [slots, Hq, d] and part_lse [slots, Hq], both fp32; an empty range
+    has lse = -inf. Idle rows of `merges` have no entries and write nothing.
     """
-    program = tl.program_id(0)
-    head = program % KV_HEADS
-    entry = merges + program // KV_HEADS * 4
-    row = tl.load(entry).to(tl.int64)
-    n = tl.load(entry + 1)
-    first = tl.load(entry + 2)
-    count = tl.load(entry + 3)
-    m = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    merges += tl.program_id(0) * 3
+    head = tl.program_id(1)
+    row = tl.load(merges).to(tl.int64)
+    entries += tl.load(merges + 1)
+    count = tl.load(merges + 2)
+    nth = tl.arange(0, BLOCK_E)
     dims = tl.arange(0, BLOCK_D)
-    live = m < n * GROUP
-    inside = live[:, None] & (dims < DIM)[None, :]
-    peak = tl.full([TILE], float("-inf"), tl.float32)
-    total = tl.zeros([TILE], tl.float32)
-    out = tl.zeros([TILE, BLOCK_D], tl.float32)
-    for i in range(count):
-        at = ((first + i) * KV_HEADS + head).to(tl.int64) * BLOCK_M + m
-        sums = tl.load(part_lse + at, mask=live, other=float("-inf"))
-        some = tl.load(part_o + at[:, None] * DIM + dims[None, :], mask=inside, other=0.0)
-        top = tl.maximum(peak, sums)
+    peak = tl.full([], float("-inf"), tl.float32)
+    total = tl.zeros([], tl.float32)
+    out = tl.zeros([BLOCK_D], tl.float32)
+    for at in range(0, count, BLOCK_E):
+        there = at + nth < count
+        slot = tl.load(entries + at + nth, mask=there, other=0).to(tl.int64) * HEADS + head
+        sums = tl.load(part_lse + slot, mask=there, other=float("-inf"))
+        inside = there[:, None] & (dims < DIM)[None, :]
+        some = tl.load(part_o + slot[:, None] * DIM + dims[None, :], mask=inside, other=0.0)
+        top = tl.maximum(peak, tl.max(sums, 0))
         pivot = tl.where(top == float("-inf"), 0.0, top)
         shrink = tl.exp(peak - pivot)
-        weight = tl.exp(sums - pivot)
-        total = total * shrink + weight
-        out = out * shrink[:, None] + some * weight[:, None]
+        weights = tl.exp(sums - pivot)
+        total = total * shrink + tl.sum(weights, 0)
+        out = out * shrink + tl.sum(some * weights[:, None], 0)
         peak = top
     empty = total == 0.0
-    out = out / tl.where(empty, 1.0, total)[:, None]
-    place = (row + m // GROUP) * (KV_HEADS * GROUP) + head * GROUP + m % GROUP
-    tl.store(o + place[:, None] * DIM + dims[None, :], out.to(o.dtype.element_ty), mask=inside)
+    out = out / tl.where(empty, 1.0, total)
+    place = row * HEADS + head
+    inside = (dims < DIM) & (count > 0)
+    tl.store(o + place * DIM + dims, out.to(o.dtype.element_ty), mask=inside)
     if LSE:
-        tl.store(lse + place, tl.where(empty, float("-inf"), peak + tl.log(total)), mask=live)
+        sums = tl.where(empty, float("-inf"), peak + tl.log(total))
+        tl.store(lse + place, sums, mask=count > 0)
