@@ -140,11 +140,12 @@ def reference(
     return torch.cat(outs)
 
 
+DECODES = [(16, 64, 2, 3), (16, 64, 4, 3), (16, 128, 4, 2), (16, 32, 2, 4), (16, 64, 2, 4)]
 CHECKS: list[dict[str, Any]] = [
     {"dim": 128}, {"dim": 64}, {"dim": 128, "page": 64}, {"dim": 64, "page": 8},
     {"dim": 128, "window": 100}, {"dim": 128, "cap": 20.0, "window": 300}, {"heads": 56},
-    {"heads": 8}, {"limit": 256}, {"block_n": 64, "stages": 4}, {"dim": 64, "block_n": 64, "stages": 6},
-    {"dim": 64, "stages": 3},
+    {"heads": 8}, {"limit": 256}, {"block_n": 64, "stages": 4},
+    {"dim": 64, "block_n": 64, "stages": 6}, {"dim": 64, "stages": 3},
 ]  # fmt: skip
 
 
@@ -160,7 +161,7 @@ def check(options: dict[str, Any]) -> str:
     stages = stages or (2 if step.dim == 128 else 4)
     height = 128 // (step.heads // step.kv_heads)
     with torch.inference_mode():
-        hopper, _, (q, cache, pages, o, lse, part_o, part_lse, items) = launcher(
+        hopper, _, (q, cache, pages, o, _, part_o, part_lse, items) = launcher(
             step, height, limit, window, cap
         )
         wanted = reference(step, q, cache, pages, window, cap)
@@ -228,6 +229,20 @@ def flops(step: Step) -> float:
     return 4 * step.heads * step.dim * seen
 
 
+def contiguous(step: Step, q: Tensor) -> Callable[[], Tensor]:
+    """cuDNN on as many equal prompts."""
+    n = step.spans[0][1]
+    shape = (len(step.spans), n, step.kv_heads, step.dim)
+    k, v = (torch.randn(shape, device="cuda", dtype=q.dtype).transpose(1, 2) for _ in range(2))
+    q = q.view(len(step.spans), n, step.heads, step.dim).transpose(1, 2)
+
+    def call() -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return sdpa(q, k, v, is_causal=True, enable_gqa=True)
+
+    return call
+
+
 def prompts() -> None:
     """TFLOP/s of prompts and chunks."""
     cases = {
@@ -237,7 +252,7 @@ def prompts() -> None:
     }  # fmt: skip
     for name, (spans, dim) in cases.items():
         step = Step(spans, dim=dim)
-        hopper, plain, (q, cache, pages, o, *_) = launcher(step, 32, 1 << 20)
+        hopper, plain, (q, cache, _, o, *_) = launcher(step, 32, 1 << 20)
         work = flops(step)
         plain(128, 64, 4, 3 if dim == 128 else 5)[0]()
         before = o.clone()
@@ -250,12 +265,7 @@ def prompts() -> None:
                 line[f"hopper {block_n}x{stages}/{inner}"] = round(work / ms / 1e9)
         line["difference"] = ((o - before).float().norm() / before.float().norm()).item()
         if spans[0][0] == 0 and len(spans) > 1:
-            n = spans[0][1]
-            qs = q.view(len(spans), n, 32, dim).transpose(1, 2)
-            ks, vs = (torch.randn(len(spans), n, 8, dim, device="cuda", dtype=q.dtype).transpose(1, 2) for _ in range(2))  # fmt: skip
-            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                ms = timed([lambda: sdpa(qs, ks, vs, is_causal=True, enable_gqa=True)])
-            line["cudnn"] = round(work / ms / 1e9)
+            line["cudnn"] = round(work / timed([contiguous(step, q)]) / 1e9)
         print(name, line, flush=True)
         del q, cache, o, before
         torch.cuda.empty_cache()
@@ -265,26 +275,31 @@ def decodes() -> None:
     """GB/s of decodes in graphs."""
     rng = np.random.default_rng(1)
     ragged = [(int(n), 1) for n in rng.integers(100, 2000, 256)]
+    fp8 = torch.float8_e4m3fn
     cases = {
-        "64x8192": (Step([(8191, 1)] * 64), 0), "64x8192 fp8": (Step([(8191, 1)] * 64, kind=torch.float8_e4m3fn), 0),
-        "64x8192 d64": (Step([(8191, 1)] * 64, dim=64), 0),
-        "W1 16/8 d128": (Step(ragged, heads=16), 0), "W1 32/8 d64": (Step(ragged, dim=64), 0),
-        "W2 64x1152": (Step([(1151, 1)] * 64), 0), "W3 1x384": (Step([(383, 1)], copies=32), 0),
-    }  # fmt: skip
-    for name, (step, _) in cases.items():
-        size = sum(start + 1 for start, _ in step.spans) * step.kv_heads * step.dim * 2
-        size *= 1 if step.kind == torch.float8_e4m3fn else 2
-        step.copies = step.copies if step.copies > 1 else max(1, int(2e8 // size) + 1)
+        "64x8192": Step([(8191, 1)] * 64),
+        "64x8192 fp8": Step([(8191, 1)] * 64, kind=fp8),
+        "64x8192 d64": Step([(8191, 1)] * 64, dim=64),
+        "W1 16/8 d128": Step(ragged, heads=16),
+        "W1 32/8 d64": Step(ragged, dim=64),
+        "W2 64x1152": Step([(1151, 1)] * 64),
+        "W3 1x384": Step([(383, 1)], copies=32),
+    }
+    for name, step in cases.items():
+        wide = 1 if step.kind == fp8 else 2
+        size = sum(start + 1 for start, _ in step.spans) * step.kv_heads * step.dim * 2 * wide
+        step.copies = max(step.copies, int(2e8 // size) + 1)
+        limits = (1 << 20, 512, 256) if "W" in name else (1 << 20,)
         line = {}
-        for limit in (64, 128, 256) if name.startswith("W3") else (1 << 20, 512, 256)[: 3 if "W" in name else 1]:  # fmt: skip
-            _, plain, kept = launcher(step, 1, limit)
-            for shape in ((16, 64, 2, 3), (16, 64, 4, 3), (16, 128, 4, 2), (16, 32, 2, 4), (16, 64, 2, 4)):  # fmt: skip
+        for limit in (64, 128, 256) if "W3" in name else limits:
+            plain = launcher(step, 1, limit)[1]
+            for shape in DECODES:
                 ms = graphed(plain(*shape), 1 if size > 5e8 else 4)
-                label = f"{limit if limit < 1 << 20 else '-'}:" + "/".join(map(str, shape[1:]))
+                label = f"{limit}:{'/'.join(map(str, shape[1:]))}"
                 line[label] = (round(size / ms / 1e6), round(ms * 1e3, 1))
-            del kept
-        best = sorted(line.items(), key=lambda row: -row[1][0])[:5]
-        print(name, f"{size / 1e6:.0f} MB", best, "now", {k: v for k, v in line.items() if k.endswith("64/2/3")}, flush=True)  # fmt: skip
+        best = sorted(line.items(), key=lambda row: -row[1][0])[:6]
+        now = {label: rate for label, rate in line.items() if label.endswith(":64/2/3")}
+        print(name, f"{size / 1e6:.0f} MB", best, "now", now, flush=True)
         torch.cuda.empty_cache()
 
 

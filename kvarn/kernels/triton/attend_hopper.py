@@ -36,16 +36,14 @@ def _produce(
     """Copy the pages of positions low .. high, keys and values of a block each in their turn."""
     COUNT: gl.constexpr = BLOCK_N // PAGE
     PARTS: gl.constexpr = DIM // COLUMNS
-    layout: gl.constexpr = cache.layout
+    boxes: gl.constexpr = [PARTS * COUNT, PAGE, COLUMNS]
     stage = 0
     phase = 1
     for at in range(low, high, BLOCK_N):
         first = (at - base) // PAGE
         mbarrier.wait(k_free.index(stage), phase)
         mbarrier.expect(k_full.index(stage), BLOCK_N * DIM * 2)
-        tile = k_tiles.index(stage)._reinterpret(
-            cache.dtype, [PARTS * COUNT, PAGE, COLUMNS], layout
-        )
+        tile = k_tiles.index(stage)._reinterpret(cache.dtype, boxes, cache.layout)
         for i in gl.static_range(COUNT):
             there = at + i * PAGE < high
             page = gl.load(pages + first + i, mask=there, other=0)
@@ -56,9 +54,7 @@ def _produce(
                 )
         mbarrier.wait(v_free.index(stage), phase)
         mbarrier.expect(v_full.index(stage), BLOCK_N * DIM * 2)
-        tile = v_tiles.index(stage)._reinterpret(
-            cache.dtype, [PARTS * COUNT, PAGE, COLUMNS], layout
-        )
+        tile = v_tiles.index(stage)._reinterpret(cache.dtype, boxes, cache.layout)
         for i in gl.static_range(COUNT):
             there = at + i * PAGE < high
             page = gl.load(pages + first + i, mask=there, other=0)
@@ -191,7 +187,7 @@ def _consume(
         )  # fmt: skip
         scores = warpgroup_mma_wait(0, [scores])
         mbarrier.arrive(k_free.index(0))
-        found, peak, total, shrink = _softmax(
+        found, peak, total, _shrink = _softmax(
             scores, low, low, high, positions, peak, total, scale, cap,
             WINDOW, CAPPED, True, BLOCK_N, layout,
         )  # fmt: skip
