@@ -45,9 +45,8 @@ def device_is_there() -> None:
         pytest.skip("no CUDA device")
 
 
-def run(case: Case, lse: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Poison the cache, write what earlier steps wrote, then run the step."""
-    backend = TritonAttention()
+def prepare(case: Case, backend: TritonAttention) -> tuple[torch.Tensor, ...]:
+    """Poison a cache, write what earlier steps wrote: the cache, and the step's q, k and v."""
     kv_heads, dim = case.keys[0].shape[1:]
     size = case.rows.page_size
     cache = backend.allocate(1, case.n_pages, size, kv_heads, dim, case.q.dtype, DEVICE)[0]
@@ -60,7 +59,13 @@ def run(case: Case, lse: bool = True) -> tuple[torch.Tensor, torch.Tensor | None
         torch.cat([kv[s][int(start) :] for s, start in enumerate(case.rows.start)]).to(DEVICE)
         for kv in (case.keys, case.values)
     ]
-    o, sums = backend.plan(case.rows, lse=lse).run(cache, case.q.to(DEVICE), *new)
+    return cache, case.q.to(DEVICE), *new
+
+
+def run(case: Case, lse: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """An eager plan of the step."""
+    backend = TritonAttention()
+    o, sums = backend.plan(case.rows, lse=lse).run(*prepare(case, backend))
     return o.cpu(), None if sums is None else sums.cpu()
 
 

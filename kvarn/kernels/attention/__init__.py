@@ -38,8 +38,9 @@ class PagedRows:
     #: on a GPU: the flat page tables of all sequences (int32, on the device), which `page_indptr`
     #: ([S] there: the entry of each span's first page) points into instead of `pages`
     table: Tensor | None = None
-    #: [n, 3] runs of adjacent one-row spans whose first positions are the same pages: first span,
-    #: number of spans, positions shared (a multiple of `page_size`). Read once for all of them.
+    #: [n, 3] disjoint runs of adjacent spans whose first positions are the same pages: first span,
+    #: number of spans (2 or more), positions shared from `base` on (a multiple of `page_size`,
+    #: none from the start of a span on). Read once for all of them.
     shared: Ints | None = None
 
 
@@ -105,7 +106,7 @@ class AttentionBackend(Protocol):
 
 
 class GraphPlan(FusedPlan, Protocol):
-    """A plan of fixed launches for at most `n_rows` one-row spans, for CUDA graphs.
+    """A plan of fixed launches for at most `n_rows` spans of a few rows each, for CUDA graphs.
 
     What changes from step to step lies in int32 arrays of fixed size on the device. The runner
     owns them: it makes `sizes` before capture, hands the device's through `bind`, and before every
@@ -129,11 +130,13 @@ class GraphBackend(AttentionBackend, Protocol):
     def graph_plan(
         self, n_rows: int, n_heads: int, n_kv_heads: int, head_dim: int, rows: PagedRows
     ) -> GraphPlan:
-        """A plan whose launches fit any step of at most `n_rows` spans like `rows` (whose page
-        size, scale, window and soft-cap hold for all)."""
+        """A plan whose launches fit any step of at most `n_rows` spans with the `graph_key` of
+        `rows` (whose page size, scale, window and soft-cap hold for all)."""
         ...
 
-    def graph_key(self, rows: PagedRows) -> tuple[Any, ...]:
+    def graph_key(
+        self, rows: PagedRows, n_heads: int, n_kv_heads: int, head_dim: int
+    ) -> tuple[Any, ...]:
         """What the launches depend on beside the number of rows (whether splits are merged, say):
         steps with the same key can share a captured graph."""
         ...

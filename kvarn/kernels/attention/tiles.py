@@ -2,16 +2,19 @@
 
 An item is one tile of query rows against one range of KV positions; the query heads of a KV head
 are folded into the tile. A row that one item does not cover is in several, which leave partial
-results in slots, one a row; `merges` lists the slots of each such row in the order in which they are
-merged (arXiv 2501.01005, 3.3). Splits, shared prefixes and any mixture of them are such lists.
+results in slots, one a row; `merges` lists the slots of each such row in the order of merging
+(arXiv 2501.01005, 3.3). Splits, shared prefixes and any mixture of them are such lists.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvarn.kernels.attention import Ints, PagedRows
+
+Bools = NDArray[np.bool_]
 
 #: columns of an item: first flattened row, number of rows, position of the first row, index of the
 #: first page, position of that page's first slot, first KV position, end of the KV positions, slot
@@ -91,8 +94,8 @@ def split_length(items: Ints, kv_heads: int, cut: Cut) -> int:
 
     The ranges are cut so that about `cut.programs` programs share them evenly. As a range of n
     positions gives fewer than n / length + 1 items, and the n add up to at most length * programs /
-    kv_heads, there are fewer than len(items) + programs / kv_heads items after splitting. Fewer than
-    programs / kv_heads ranges are longer than the length and so are split, into fewer than
+    kv_heads, there are fewer than len(items) + programs / kv_heads items after splitting. Fewer
+    than programs / kv_heads ranges are longer than the length and so are split, into fewer than
     2 * programs / kv_heads items.
     """
     positions = int(items[:, HIGH].sum() - items[:, LOW].sum())
@@ -124,7 +127,9 @@ def joined(launches: Sequence[Ints], window: int | None) -> Work:
     Slots are merged in the order of the launches given, and of their items.
     """
     parts = [items[items[:, PART] >= 0] for items in launches]
-    n_slots, rows_of, unseen = 0, [], []
+    n_slots = 0
+    rows_of: list[Ints] = []
+    unseen: list[Bools] = []
     for items, partial in zip(launches, parts):
         if not len(partial):
             continue
@@ -143,7 +148,7 @@ def joined(launches: Sequence[Ints], window: int | None) -> Work:
     return Work(ordered, merges, entries, n_slots)
 
 
-def _lists(rows_of: list[Ints], unseen: list[Ints]) -> tuple[Ints, Ints]:
+def _lists(rows_of: list[Ints], unseen: list[Bools]) -> tuple[Ints, Ints]:
     """`merges` and `entries` of slots whose flattened rows are given, but for unseen ones."""
     if not rows_of:
         return np.empty((0, 3), np.int64), np.empty(0, np.int64)
