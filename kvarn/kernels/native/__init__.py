@@ -41,6 +41,8 @@ SIGNATURES: dict[str, list[Any]] = {
     "rope": [_P, _I, _I, _I, _I, _P, _P, _P],
     "gated": [_P, _I, _I, _I, _I, _P],
     "attention": [_P, _P, _P, _P, _P, _I, _I, _I, _P, _P],
+    "quantised": [_P, _P, _I, _I, _P, _P, _P],
+    "quantised_wide": [_P, _P, _I, _I, _P, _P, _P],
 }
 
 
@@ -52,6 +54,7 @@ class Library:
     compiler: str
     seconds: float  #: taken by the build; 0 where an earlier one was found
     functions: dict[str, dict[torch.dtype, Any]]  #: C functions by name and dtype
+    pack_codes: Any  #: lays out a quantised matrix
 
 
 class BuildError(Exception):
@@ -126,7 +129,9 @@ def _load() -> Library:
             function.argtypes, function.restype = arguments, None
             functions[name][dtype] = function
     seconds = time.perf_counter() - began if built else 0.0
-    return Library(path, compiler, seconds, functions)
+    pack_codes = code.kvarn_pack_codes
+    pack_codes.argtypes, pack_codes.restype = [_P] * 5, None
+    return Library(path, compiler, seconds, functions, pack_codes)
 
 
 def _compiler() -> str:

@@ -15,6 +15,7 @@ typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef int8_t Bytes __attribute__((vector_size(16)));
 
 struct bf16 {
     uint16_t bits;
@@ -116,6 +117,30 @@ struct Lane<bf16> {
 #endif
     }
 };
+
+// acc + a0*b0 + .. + a3*b3 of the four bytes of each lane: a without a sign, b with one.
+inline Ints dot4(Ints acc, Words a, Words b) {
+#if defined(__AVX512VNNI__)
+    return (Ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+#else
+    for (int byte = 0; byte < 4; byte++)
+        acc += (Ints)(a >> (8 * byte) & 0xff) * ((Ints)(b << (24 - 8 * byte)) >> 24);
+    return acc;
+#endif
+}
+
+// IEEE half precision, exactly.
+inline Floats from_half(Halves h) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_cvtph_ps((__m256i)h);
+#else
+    const Words wide = __builtin_convertvector(h, Words);
+    const Floats size = (Floats)((wide & 0x7fff) << 13) * 5.192296858534828e33f;  // 2^112
+    return (Floats)((Words)size | (wide & 0x8000) << 16);
+#endif
+}
+
+inline Floats to_float(Ints v) { return __builtin_convertvector(v, Floats); }
 
 // The first n < 16 elements, the rest zero.
 template <class T>
