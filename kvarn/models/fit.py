@@ -27,8 +27,11 @@ def weight_bytes(spec: ModelSpec, dtype: str, quantization: str, packed: bool) -
     return int(embedding * BYTES[dtype] + matrices * of_matrix)
 
 
-def free_memory(device: torch.device) -> tuple[int, int]:
-    """(free, total) memory of a device [bytes]; on the CPU within the control group's limit."""
+def free_memory(device: torch.device, ranks: int = 1) -> tuple[int, int]:
+    """(free, total) memory of a device [bytes]; on the CPU within the control group's limit.
+
+    Ranks on the CPU share its memory: each has an equal part of what is free.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
@@ -38,7 +41,7 @@ def free_memory(device: torch.device) -> tuple[int, int]:
     limit, used = _number("memory.max"), _number("memory.current")
     if limit is not None and used is not None:
         total, free = min(total, limit), min(free, limit - used)
-    return free, total
+    return free // ranks, total
 
 
 def _number(name: str) -> int | None:

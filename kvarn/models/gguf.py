@@ -7,8 +7,11 @@ from torch import Tensor
 
 from kvarn.core.errors import ModelError
 from kvarn.core.model import ModelSpec, RopeScaling
+from kvarn.kernels.linear.quantize import rows_of
+from kvarn.kernels.linear.stored import Stored
 from kvarn.kernels.rope import frequencies
 from kvarn.models.gguf_file import GGUFFile
+from kvarn.models.weights import Part
 
 #: architecture as GGUF names it -> family
 ARCHITECTURES = {
@@ -185,21 +188,38 @@ class GGUFWeights:
     def __init__(self, file: GGUFFile, spec: ModelSpec) -> None:
         self.file, self.spec = file, spec
 
-    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """See `Weights.read`."""
+    def read(self, name: str, shape: tuple[int, ...], part: Part | None = None) -> Tensor:
+        """See `Weights.read`; of `part`, rows are read alone, columns cut out of whole rows."""
+        stored = self._checked(name, shape)
+        x = self.file.read(stored, None if part is None else part[0])
+        if part is not None:
+            x = x[(slice(None), *part[1:])].contiguous()
+        if self.spec.norm_offset and "norm" in stored:
+            x = x.float() - self.spec.norm_offset
+        return _rotate_half_order(x, self.spec.head_dim) if self._interleaves(stored) else x
+
+    def stored(self, name: str, shape: tuple[int, ...]) -> Stored:
+        """See `Weights.stored`: codes and scales as they lie in the file, where the type has them."""
+        stored = self._checked(name, shape)
+        weight = self.file.read_affine(stored)
+        if weight is None:
+            return self.read(name, shape)
+        if not self._interleaves(stored):
+            return weight
+        return rows_of(weight, _rotate_half_order(torch.arange(shape[0]), self.spec.head_dim))
+
+    def _checked(self, name: str, shape: tuple[int, ...]) -> str:
+        """The name in the file of a tensor that must have `shape`."""
         stored = self._stored_name(name)
         found = _shape(self.file, stored)
         if found != shape:
             raise self.file.broken(stored, f"has shape {list(found)}, expected {list(shape)}")
-        x = self.file.read(stored)
-        if self.spec.norm_offset and "norm" in stored:
-            x = x.float() - self.spec.norm_offset
-        # the converter interleaves the halves of q and k for this architecture only
-        if self.file.metadata["general.architecture"] == "llama" and (
-            stored.split(".")[-2] in ("attn_q", "attn_k")
-        ):
-            x = _rotate_half_order(x, self.spec.head_dim)
-        return x
+        return stored
+
+    def _interleaves(self, stored: str) -> bool:
+        """Whether the converter interleaved the halves: of q and k, for one architecture only."""
+        of_q_or_k = stored.split(".")[-2] in ("attn_q", "attn_k")
+        return of_q_or_k and self.file.metadata["general.architecture"] == "llama"
 
     def _stored_name(self, name: str) -> str:
         stem, _, kind = name.rpartition(".")

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from kvarn.core.errors import ModelError
+from kvarn.kernels.linear.stored import Affine
+from kvarn.models.gguf_blocks import READERS
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -64,10 +66,45 @@ class GGUFFile:
         base = -(-cursor.at // align) * align
         self.tensors = {t.name: TensorInfo(t.name, t.shape, t.kind, base + t.start) for t in infos}
 
-    def read(self, name: str) -> Tensor:
-        """A tensor of any supported type: F32, F16 and BF16 as they are, the others as fp32."""
-        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor of any supported type: F32, F16 and BF16 as they are, the others as fp32.
+
+        With `rows`, only those.
+        """
+        from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
+
+        raw, kind, block, block_bytes = self._bytes(name)
+        shape = self.tensors[name].shape
+        if rows is not None:
+            raw = raw.reshape(shape[0], -1)[rows].reshape(-1)
+            shape = (rows.stop - rows.start, *shape[1:])
+        plain = {
+            GGMLQuantizationType.F32: torch.float32,
+            GGMLQuantizationType.F16: torch.float16,
+            GGMLQuantizationType.BF16: torch.bfloat16,
+        }
+        if kind in plain:
+            return torch.from_numpy(raw.copy()).view(plain[kind]).view(shape)
+        # blocks stand alone, so rows may be cut anew: the package works on 16 rows at a time
+        per_row = math.gcd(math.prod(shape) // block, BLOCKS_PER_ROW)
+        try:
+            values = dequantize(raw.reshape(-1, per_row * block_bytes), kind)
+        except NotImplementedError:
+            raise self.broken(name, f"cannot be dequantised from {kind.name}") from None
+        return torch.from_numpy(values.astype(np.float32, copy=False)).view(shape)
+
+    def read_affine(self, name: str) -> Affine | None:
+        """Codes and scales of a quantised matrix; None for types that are not codes and scales."""
+        raw, kind, _, block_bytes = self._bytes(name)
+        if kind.name not in READERS:
+            return None
+        blocks = torch.from_numpy(raw.reshape(-1, block_bytes).copy())
+        return READERS[kind.name](blocks, self.tensors[name].shape[0])
+
+    def _bytes(self, name: str) -> tuple[Any, Any, int, int]:
+        """(bytes, type, weights of a block, bytes of a block) of a tensor."""
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
         info = self.tensors[name]
         try:
@@ -81,21 +118,7 @@ class GGUFFile:
         if info.start + n_bytes > len(self.data):
             missing = info.start + n_bytes - len(self.data)
             raise self.broken(name, f"is cut off: the file is {missing} bytes too short")
-        raw = self.data[info.start : info.start + n_bytes]
-        plain = {
-            GGMLQuantizationType.F32: torch.float32,
-            GGMLQuantizationType.F16: torch.float16,
-            GGMLQuantizationType.BF16: torch.bfloat16,
-        }
-        if kind in plain:
-            return torch.from_numpy(raw.copy()).view(plain[kind]).view(info.shape)
-        # blocks stand alone, so rows may be cut anew: the package works on 16 rows at a time
-        per_row = math.gcd(math.prod(info.shape) // block, BLOCKS_PER_ROW)
-        try:
-            values = dequantize(raw.reshape(-1, per_row * block_bytes), kind)
-        except NotImplementedError:
-            raise self.broken(name, f"cannot be dequantised from {kind.name}") from None
-        return torch.from_numpy(values.astype(np.float32, copy=False)).view(info.shape)
+        return self.data[info.start : info.start + n_bytes], kind, block, block_bytes
 
     def broken(self, name: str, why: str) -> ModelError:
         """The error for a tensor that cannot be used."""

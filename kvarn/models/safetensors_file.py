@@ -8,6 +8,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvarn.core.errors import ModelError
+from kvarn.kernels.linear.stored import Stored
+from kvarn.models.weights import Part
 
 INDEX = "model.safetensors.index.json"
 #: what checkpoints put before the names of `Weights`; the longest match counts
@@ -29,22 +31,48 @@ class SafetensorsWeights:
     def __contains__(self, name: str) -> bool:
         return name in self.places
 
-    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """See `Weights.read`."""
+    def read(self, name: str, shape: tuple[int, ...], part: Part | None = None) -> Tensor:
+        """See `Weights.read`; `part` alone is read where it is given."""
+        return self.tensor(name, shape, FLOATS, part)
+
+    def stored(self, name: str, shape: tuple[int, ...]) -> Stored:
+        """See `Weights.stored`: dense."""
+        return self.read(name, shape)
+
+    def tensor(
+        self,
+        name: str,
+        shape: tuple[int, ...] | None,
+        kinds: tuple[str, ...],
+        part: Part | None = None,
+    ) -> Tensor:
+        """A tensor of one of the safetensors types `kinds`; of any shape where that is None."""
         if name not in self.places:
             raise ModelError(f"{self.folder}: no safetensors file here holds tensor {name!r}")
         path, stored = self.places[name]
         about = self.files[path].get_slice(stored)
         found, kind = tuple(about.get_shape()), about.get_dtype()
-        if found != shape:
+        if shape is not None and found != shape:
             raise _broken(path, stored, f"has shape {list(found)}, expected {list(shape)}")
-        if kind not in FLOATS:
-            raise _broken(path, stored, f"is of type {kind}; supported: {', '.join(FLOATS)}")
+        if kind not in kinds:
+            raise _broken(path, stored, f"is of type {kind}; supported: {', '.join(kinds)}")
         try:
-            tensor: Tensor = self.files[path].get_tensor(stored)
+            whole = part is None
+            tensor: Tensor = self.files[path].get_tensor(stored) if whole else about[part]
         except (SafetensorError, RuntimeError) as error:
             raise _broken(path, stored, f"cannot be read: {error}") from None
         return tensor
+
+
+    def kind(self, name: str) -> str:
+        """The safetensors type of a tensor that is there."""
+        path, stored = self.places[name]
+        kind: str = self.files[path].get_slice(stored).get_dtype()
+        return kind
+
+    def broken(self, name: str, why: str) -> ModelError:
+        """The error for a tensor that is there and cannot be used."""
+        return _broken(*self.places[name], why)
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -10,13 +10,21 @@ from typing import Protocol
 
 from torch import Tensor
 
+from kvarn.kernels.linear.stored import Stored
+
+Part = tuple[slice, ...]  #: of a tensor, a slice for each dimension
+
 
 class Weights(Protocol):
     """Tensors by name, read one at a time."""
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The tensor on any device, in any float dtype.
+        """The tensor on any device, in any float dtype; expanded where it is quantised.
 
         Raises `ModelError` naming file and tensor when it is missing, broken or of another shape.
         """
+        ...
+
+    def stored(self, name: str, shape: tuple[int, ...]) -> Stored:
+        """A matrix as it is held, quantised or not, on any device; raises as `read` does."""
         ...
