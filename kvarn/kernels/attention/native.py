@@ -47,10 +47,8 @@ class NativePlan:
 
     def run(self, cache: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `AttentionPlan`."""
-        step = self.step
         t, heads, dim = q.shape
-        if step.heads != heads:
-            self._shape(heads, k.shape[1], dim)
+        self.lay_out(heads, k.shape[1], dim)
         q, k, v = _packed_heads(q), _packed_heads(k), _packed_heads(v)
         o = torch.empty((t, heads, dim), dtype=q.dtype)
         lse = torch.empty((t, heads), dtype=torch.float32) if self.lse else None
@@ -61,9 +59,11 @@ class NativePlan:
         )  # fmt: skip
         return o, lse
 
-    def _shape(self, heads: int, kv_heads: int, dim: int) -> None:
-        """Split the spans into blocks of rows, the longest work first."""
+    def lay_out(self, heads: int, kv_heads: int, dim: int) -> None:
+        """Split the spans into blocks of rows, the longest work first; once a step."""
         step = self.step
+        if step.heads == heads:
+            return
         step.heads, step.kv_heads, step.dim = heads, kv_heads, dim
         work = blocks(self.rows, max(1, BLOCK // (heads // kv_heads)))
         self.keep.append(work)

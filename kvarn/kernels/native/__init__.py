@@ -41,9 +41,12 @@ SIGNATURES: dict[str, list[Any]] = {
     "rope": [_P, _I, _I, _I, _I, _P, _P, _P],
     "gated": [_P, _I, _I, _I, _I, _P],
     "attention": [_P, _P, _P, _P, _P, _I, _I, _I, _P, _P],
+    "forward": [_P, _P],
+    "space": [_P, _I],
     "quantised": [_P, _P, _I, _I, _P, _P, _P],
     "quantised_wide": [_P, _P, _I, _I, _P, _P, _P],
 }
+RESULTS: dict[str, Any] = {"space": _I}  #: of those that return something
 
 
 @dataclass(slots=True)
@@ -126,7 +129,7 @@ def _load() -> Library:
         functions[name] = {}
         for dtype, suffix in SUFFIXES.items():
             function = getattr(code, f"kvarn_{name}_{suffix}")
-            function.argtypes, function.restype = arguments, None
+            function.argtypes, function.restype = arguments, RESULTS.get(name)
             functions[name][dtype] = function
     seconds = time.perf_counter() - began if built else 0.0
     pack_codes = code.kvarn_pack_codes
