@@ -20,7 +20,7 @@ def decode_tiling(dim: int, wide: int, group: int) -> Tiling:
         return Tiling(block_m, 32, 4, 2)
     if dim > 128:
         return Tiling(block_m, 32, 4, 3)
-    return Tiling(block_m, 64, 2 if block_m == 16 else 4, 3)
+    return Tiling(block_m, 64, 2 if block_m == 16 else 4, 4)
 
 
 def chunk_tiling(dim: int, wide: int, group: int) -> Tiling:

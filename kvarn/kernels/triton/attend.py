@@ -106,6 +106,8 @@ def attend(
     queries = tl.load(
         q + rows[:, None] * q_row + heads[:, None] * q_head + dims[None, :], mask=inside, other=0.0
     )
+    if cache.dtype.element_ty == tl.float8e4nv:  # fp16 holds every fp8 number: one conversion
+        queries = tl.clamp(queries.to(tl.float32), -65504.0, 65504.0).to(tl.float16)
     positions = start + m // GROUP
     kv = cache + head * (2 * PAGE * DIM)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
