@@ -1,0 +1,114 @@
+"""The GPU's way through a step (device tables, token feed, captured plans), against the naive one.
+
+Under TRITON_INTERPRET=1 all of it runs on the CPU: capturing then means running the body again.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from golden.test_engine import expected, make_engine, make_requests, run
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from kvarn.core.request import Request, SamplingParams
+from kvarn.kernels.attention.triton import TritonAttention
+from kvarn.runner.executor import Runner
+from kvarn.runner.graphs import CudaCapture, Graphs, buckets
+from kvarn.runner.pool import KVPool
+from kvarn.runner.state import DeviceState
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+class Counting:
+    """Captures, and counts what is replayed."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+        self.cuda = None if INTERPRETED else CudaCapture(DEVICE)
+
+    def __call__(self, body: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        body()
+        again = body if self.cuda is None else self.cuda(body)
+
+        def replay() -> Tensor:
+            self.replays += 1
+            return again()
+
+        return replay
+
+
+def captured(folder: str, **options: Any) -> tuple[Any, Counting]:
+    """A tiny engine whose runner keeps its state on the device and replays decode steps."""
+    engine = make_engine(folder, device=DEVICE.type, **options)
+    config, old = engine.resolved.config, engine.executor
+    backend = TritonAttention()
+    pages = engine.control.kv.pages
+    pool = KVPool(backend, old.groups, pages, config.page_size, torch.float32, DEVICE)
+    width = -(-config.max_len // config.page_size) + 1
+    state = DeviceState(config.max_seqs, len(old.groups), width, DEVICE)
+    capture = Counting()
+    graphs = Graphs(
+        old.decoder, old.groups, pool, backend, state, buckets(config.max_seqs), capture
+    )
+    engine.executor = Runner(
+        old.decoder, old.groups, pool, backend, old.sampler, config.page_size, config.max_seqs,
+        state, graphs,
+    )  # fmt: skip
+    engine.overlap = options.get("overlap") == "on"
+    return engine, capture
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_tokens_equal_naive(tiny_folder: Any, family: str, overlap: str) -> None:
+    engine, capture = captured(tiny_folder(family), overlap=overlap, budget=16, pages=40)
+    requests = make_requests(5)
+    assert run(engine, requests, seed=3) == expected(engine, requests)
+    assert capture.replays > 5
+    assert engine.control.check_integrity() == []
+    assert engine.stats().kv_pages_used == 0
+
+
+def test_rules_and_logprobs_between_plain_requests(tiny_folder: Any) -> None:
+    """A step with a penalised row looks at the tokens before; the others are as without it."""
+    plain = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+    ruled = SamplingParams(
+        temperature=0.0, max_tokens=8, repetition_penalty=3.0, logprobs=1, ignore_eos=True
+    )
+    requests = [Request("a", [3, 4, 5], plain), Request("b", [3, 4, 5], ruled)]
+    found = []
+    for overlap in ("off", "on"):
+        engine, _ = captured(tiny_folder("llama"), overlap=overlap)
+        found.append(run(engine, requests, seed=1))
+    engine = make_engine(tiny_folder("llama"))
+    wanted = run(engine, requests, seed=1)
+    assert found == [wanted, wanted]
+
+
+def test_shared_prefixes(tiny_folder: Any) -> None:
+    """Warm requests with a common prefix decode together, however they came in."""
+    sampling = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+    prefix = [(7 * i) % 97 for i in range(64)]
+    requests = [
+        Request(f"r{i}", (prefix if i % 3 else [5] * 10) + [i, 2 * i], sampling) for i in range(6)
+    ]
+    engine, _ = captured(tiny_folder("llama"), overlap="on", pages=100)
+    wanted = expected(engine, requests)
+    for request in requests:
+        engine.add(request)
+    tokens: dict[tuple[str, int], list[int]] = {}
+    while engine.has_work:
+        for output in engine.step():
+            tokens.setdefault((output.request_id, output.index), []).extend(output.tokens)
+    assert tokens == wanted
