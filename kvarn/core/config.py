@@ -26,9 +26,12 @@ class EngineConfig:
     seed: int = option(0, "of random weights and of sampling without a request seed")
     device: str = option("auto", "auto, cpu, cuda, cuda:N")
     dtype: str = option("auto", "of weights and activations: auto, float32, bfloat16, float16")
-    quantization: str = option("none", "of the weights: none, int8")
+    quantization: str = option(
+        "auto", "of the weights: none, int8, int4, fp8; auto: as a quantised checkpoint holds them"
+    )
     kv_dtype: str = option("auto", "of the KV cache: auto (as the activations), fp8 (on a GPU)")
-    threads: int = option(0, "CPU threads for computation; 0: all physical cores")
+    tp: int = option(1, "ranks that share each layer (tensor parallelism): processes, or GPUs")
+    threads: int = option(0, "CPU threads for computation, of all ranks; 0: all physical cores")
     max_len: int = option(0, "longest sequence; 0: the model's own limit", "tokens")
     max_seqs: int = option(256, "sequences that run at once")
     budget: int = option(0, "positions computed in one step; 0: chosen for the device", "tokens")
@@ -121,7 +124,7 @@ def _convert(name: str, value: Any, kind: type) -> Any:
 CHOICES: dict[str, tuple[str, ...]] = {
     "load": ("auto", "random"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "quantization": ("none", "int8"),
+    "quantization": ("auto", "none", "int8", "int4", "fp8"),
     "overlap": ("auto", "on", "off"),
     "graphs": ("auto", "on", "off"),
     "kv_dtype": ("auto", "fp8"),
@@ -136,7 +139,7 @@ def _check(config: EngineConfig) -> None:
     for name in ("max_len", "budget", "max_queue", "kv_memory", "pages", "threads"):
         if getattr(config, name) < 0:
             raise ConfigError(f"option {name!r} must not be negative, got {getattr(config, name)}")
-    for name in ("page_size", "max_seqs"):
+    for name in ("page_size", "max_seqs", "tp"):
         if getattr(config, name) < 1:
             raise ConfigError(f"option {name!r} must be at least 1, got {getattr(config, name)}")
     if config.budget and config.budget < config.max_seqs:

@@ -15,10 +15,13 @@ from kvarn.kernels import rope
 from kvarn.kernels.activation import gated
 from kvarn.kernels.attention import Rotary
 from kvarn.kernels.attention.paged import PagedAttend
+from kvarn.kernels.collective import ALONE, Collective
 from kvarn.kernels.linear import Mode
 from kvarn.kernels.norm import add_rms_norm, rms_norm
+from kvarn.models.native_forward import NativeForward, obstacle
 from kvarn.models.points import WHOLE_MODEL, Tap
 from kvarn.models.reader import Layer, Reader
+from kvarn.models.shard import local_spec
 from kvarn.models.weights import Weights
 
 #: attend(layer, q [T, Hq, d], k [T, Hkv, d], v [T, Hkv, d]) -> z [T, Hq, d]; also keeps k and v
@@ -37,12 +40,17 @@ class Decoder:
         device: torch.device | str = "cpu",
         mode: Mode = "plain",
         max_len: int | None = None,
+        group: Collective = ALONE,
     ) -> None:
-        """Read every tensor from `weights`; `max_len` bounds the positions [tokens]."""
-        self.spec = spec
+        """Read every tensor from `weights`; `max_len` bounds the positions [tokens].
+
+        In a group of ranks, this rank's part of them: `self.spec` is then the shape of that part.
+        """
+        self.group = group
         self.dtype = dtype
         self.device = torch.device(device)
-        reader = Reader(spec, weights, dtype, self.device, mode)
+        reader = Reader(spec, weights, dtype, self.device, mode, group)
+        self.spec = local_spec(spec, reader.mine)
         self.embed = reader.tensor("embed_tokens.weight", spec.vocab, spec.hidden)
         # in the embedding's own dtype, as the families that scale were trained
         self.embed_scale = torch.tensor(spec.embed_scale, dtype=dtype).item()
@@ -51,6 +59,12 @@ class Decoder:
         self.head = reader.head(self.embed)
         self.ropes = self._ropes(max_len or spec.max_len)
         self.weight_bytes = reader.n_bytes
+        #: why the layers do not run in one compiled call; None where they do
+        self.obstacle = obstacle(self.spec, self.layers, self.norm)
+        self.native: NativeForward | None = None
+        if self.obstacle is None:
+            tables = [self.ropes[self._is_local(i)] for i in range(spec.n_layers)]
+            self.native = NativeForward(self.spec, self.layers, self.norm, tables)
 
     def _ropes(self, max_len: int) -> dict[bool, rope.Rope]:
         """Rotary tables by "is a sliding-window layer": one, or two where the theta differs."""
@@ -80,8 +94,11 @@ class Decoder:
         if tap is not None:
             x = tap("embed", WHOLE_MODEL, x)
         fused = None
-        if tap is None and isinstance(attend, PagedAttend) and attend.takes_projection:
-            fused = attend
+        if tap is None and isinstance(attend, PagedAttend):
+            if self.native is not None and self.native.takes(attend):
+                return self.native.run(x, positions, attend)
+            if attend.takes_projection:
+                fused = attend
         angles = {} if fused else {key: table.at(positions) for key, table in self.ropes.items()}
         delta: Tensor | None = None
         for i, layer in enumerate(self.layers):

@@ -2,29 +2,36 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from kvarn.core.errors import ModelError
 from kvarn.core.model import ModelSpec
+from kvarn.models.quantized.convert import HEADS, KINDS, Kind, usable
 
 GIB = 1 << 30
-#: bytes of a weight, by dtype or quantisation
-BYTES: Mapping[str, float] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+#: bytes of a weight, by dtype or quantisation; int4: with scale and minimum in two bytes each
+BYTES: Mapping[str, float] = {
+    "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1, "int4": 0.625,
+}  # fmt: skip
 
 
 def weight_bytes(spec: ModelSpec, dtype: str, quantization: str, packed: bool) -> int:
     """Memory that the loaded weights take. [bytes]
 
-    int8 covers the matrices; the embedding stays in `dtype`. A tied output matrix is a second
-    copy where the linear layers keep their weights in another form (`packed`).
+    Quantisation covers the matrices; the embedding stays in `dtype`. A tied output matrix is a
+    second copy where the linear layers keep their weights in another form (`packed`).
     """
     embedding = spec.vocab * spec.hidden
-    matrices = spec.n_params() - embedding
-    if spec.tie_embeddings and packed:
-        matrices += embedding
-    of_matrix = BYTES["int8"] if quantization == "int8" else BYTES[dtype]
-    return int(embedding * BYTES[dtype] + matrices * of_matrix)
+    heads = 0 if spec.tie_embeddings else 1
+    matrices = spec.n_params() - embedding * (1 + heads)
+    head = HEADS[cast(Kind, quantization)]
+    if spec.tie_embeddings and (packed or head != "none"):
+        heads = 1
+    of_matrix = BYTES[dtype if quantization == "none" else quantization]
+    of_head = BYTES[dtype if head == "none" else head]
+    return int(embedding * (BYTES[dtype] + heads * of_head) + matrices * of_matrix)
 
 
 def free_memory(device: torch.device, ranks: int = 1) -> tuple[int, int]:
@@ -66,14 +73,14 @@ def check_fits(
     needed = weight_bytes(spec, dtype, quantization, packed)
     if needed <= free:
         return
-    form = "int8" if quantization == "int8" else dtype
+    form = dtype if quantization == "none" else quantization
+    options = [("dtype=bfloat16", "none")]
+    options += [(f"quantization={kind}", kind) for kind in KINDS[1:] if usable(kind, device)]
+    sizes = {option: weight_bytes(spec, "bfloat16", kind, packed) for option, kind in options}
     smaller = [
         f"{option} ({_gib(size)})"
-        for option, size in (
-            ("dtype=bfloat16", weight_bytes(spec, "bfloat16", "none", packed)),
-            ("quantization=int8", weight_bytes(spec, "bfloat16", "int8", packed)),
-        )
-        if size <= free and size < needed and (device.type == "cpu" or "int8" not in option)
+        for option, size in sizes.items()
+        if size <= free and size < needed
     ]
     largest = f"a model of at most {free / BYTES[form] / 1e9:.1f} billion weights in {form}"
     fitting = " or ".join(smaller or [largest])

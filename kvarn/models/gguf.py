@@ -199,7 +199,7 @@ class GGUFWeights:
         return _rotate_half_order(x, self.spec.head_dim) if self._interleaves(stored) else x
 
     def stored(self, name: str, shape: tuple[int, ...]) -> Stored:
-        """See `Weights.stored`: codes and scales as they lie in the file, where the type has them."""
+        """See `Weights.stored`: codes and scales as they lie in the file, if it has such."""
         stored = self._checked(name, shape)
         weight = self.file.read_affine(stored)
         if weight is None:

@@ -71,18 +71,13 @@ def spec_from_config(config: Config, name: str, generation: Config | None = None
     """The shape of the model that `config` describes.
 
     `generation` is its `generation_config.json`, which often names more end tokens. Raises
-    `ModelError` for an unsupported family, rope scaling, activation or quantisation.
+    `ModelError` for an unsupported family, rope scaling or activation.
     """
     kind = config.get("model_type", "(none)")
     if kind not in FAMILIES:
         raise ModelError(
             f"{name}: model_type {kind!r} is not supported; "
             f"supported: {', '.join(sorted(FAMILIES))} (SmolLM2 is llama)"
-        )
-    if config.get("quantization_config"):
-        raise ModelError(
-            f"{name}: checkpoints quantised by other tools are not supported; use the unquantised "
-            f"checkpoint (with quantization=int8 for speed) or a GGUF file"
         )
     family = FAMILIES[kind]
     inner = dict(config) | dict(config.get("text_config") or {})

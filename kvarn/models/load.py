@@ -9,6 +9,7 @@ import torch
 from kvarn.core.config import Resolved
 from kvarn.core.errors import ModelError, nearest
 from kvarn.core.model import ModelSpec
+from kvarn.kernels.collective import ALONE, Collective
 from kvarn.kernels.linear import SHARES_MEMORY
 from kvarn.models.decoder import Decoder
 from kvarn.models.fit import check_fits, free_memory
@@ -16,13 +17,21 @@ from kvarn.models.gguf import GGUFWeights, spec_from_gguf
 from kvarn.models.gguf_file import GGUFFile
 from kvarn.models.hf_config import spec_from_config
 from kvarn.models.json_file import read_json
-from kvarn.models.precision import choose_device, choose_dtype, linear_mode
+from kvarn.models.precision import (
+    choose_device,
+    choose_dtype,
+    choose_quantization,
+    linear_mode,
+)
 from kvarn.models.pull import ALIASES, Progress, pull, quiet
+from kvarn.models.quantized.convert import Converted, Source
+from kvarn.models.quantized.methods import find_scheme
+from kvarn.models.quantized.scheme import QuantizedWeights, Scheme
 from kvarn.models.random_weights import RandomWeights
 from kvarn.models.safetensors_file import SafetensorsWeights
 from kvarn.models.shapes import SHAPES, named_shape
+from kvarn.models.shard import holding, local_spec
 from kvarn.models.tokenizer import Tokenizer
-from kvarn.models.weights import Weights
 
 
 @dataclass(slots=True)
@@ -87,8 +96,10 @@ def load_tokenizer(located: Located) -> Tokenizer | None:
     return Tokenizer.from_gguf(file) if file is not None else Tokenizer.from_folder(located.path)
 
 
-def load(resolved: Resolved, progress: Progress = quiet) -> Model:
+def load(resolved: Resolved, progress: Progress = quiet, group: Collective = ALONE) -> Model:
     """The model that the options name, on their device, in their number format.
+
+    In a group of ranks, this rank's part of it.
 
     Chooses device and dtype where they are "auto". Raises `ModelError` for what cannot be found,
     read or held, `ConfigError` for options that contradict each other.
@@ -102,14 +113,17 @@ def load(resolved: Resolved, progress: Progress = quiet) -> Model:
     clock.done("find")
     file = located.gguf()
     spec = _spec(located, file)
-    mode = linear_mode(config, device, dtype, spec)
+    local = local_spec(spec, holding(spec, group.rank, group.ranks))
+    scheme = None if random else _scheme(located, file)
+    kind = choose_quantization(resolved, device, scheme)
+    mode = linear_mode(config, device, dtype, local)
     check_fits(
-        spec,
+        local,
         config.dtype,
-        config.quantization,
+        kind,
         mode not in SHARES_MEMORY,
         device,
-        *free_memory(device),
+        *free_memory(device, group.ranks),
     )
     clock.done("config")
     tokenizer = None
@@ -117,18 +131,25 @@ def load(resolved: Resolved, progress: Progress = quiet) -> Model:
         tokenizer = Tokenizer.from_gguf(file) if file else Tokenizer.from_folder(_folder(located))
         spec = _with_tokenizer_ends(spec, tokenizer)
     clock.done("tokenizer")
-    weights: Weights
+    source: Source
     if random:
-        weights = RandomWeights(config.seed, spec.norm_offset, dtype, device)
+        source = RandomWeights(config.seed, spec.norm_offset, dtype, device, kind)
+    elif file is not None:
+        source = GGUFWeights(file, spec)
     else:
-        weights = GGUFWeights(file, spec) if file else SafetensorsWeights(_folder(located))
+        source = SafetensorsWeights(_folder(located))
+        if scheme is not None:
+            source = QuantizedWeights(source, scheme)
+    own = scheme is not None and scheme.kind == kind
+    weights = Converted(source, kind, device, keep=own)
     decoder = Decoder(
-        spec, weights, dtype=dtype, device=device, mode=mode, max_len=config.max_len or None
-    )
+        spec, weights, dtype=dtype, device=device, mode=mode, max_len=config.max_len or None,
+        group=group,
+    )  # fmt: skip
     clock.done("weights")
-    source = f"random weights, seed {config.seed}" if random else str(located.path)
+    origin = f"random weights, seed {config.seed}" if random else str(located.path)
     return Model(
-        spec, decoder, tokenizer, source, dtype, device, decoder.weight_bytes, clock.seconds
+        spec, decoder, tokenizer, origin, dtype, device, decoder.weight_bytes, clock.seconds
     )
 
 
@@ -144,6 +165,13 @@ def _spec(located: Located, file: GGUFFile | None) -> ModelSpec:
         located.name,
         read_json(generation) if generation.is_file() else None,
     )
+
+
+def _scheme(located: Located, file: GGUFFile | None) -> Scheme | None:
+    """How another tool quantised the checkpoint; None where none did."""
+    if file is not None:
+        return None
+    return find_scheme(read_json(_folder(located) / "config.json"), located.name)
 
 
 def _folder(located: Located) -> Path:

@@ -1,6 +1,7 @@
 """Which number format and which form of the linear layers pay on a device."""
 
 import time
+from typing import cast
 
 import torch
 
@@ -9,6 +10,8 @@ from kvarn.core.errors import ConfigError
 from kvarn.core.model import ModelSpec
 from kvarn.kernels import native
 from kvarn.kernels.linear import Mode, make_linear
+from kvarn.models.quantized.convert import KINDS, Kind, form_on, usable
+from kvarn.models.quantized.scheme import Scheme
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -40,6 +43,48 @@ def choose_dtype(resolved: Resolved, device: torch.device) -> torch.dtype:
             name, source, why = _dtype_of_cpu()
         resolved.choose("dtype", name, source, why)
     return DTYPES[resolved.config.dtype]
+
+
+def choose_quantization(resolved: Resolved, device: torch.device, scheme: Scheme | None) -> Kind:
+    """The quantisation of the config; "auto" is the checkpoint's own, where it can be used as is.
+
+    Raises `ConfigError` for what nothing on the device multiplies by, or not batch-invariantly.
+    """
+    config = resolved.config
+    if config.quantization == "auto":
+        resolved.choose("quantization", *_own_quantization(device, scheme, config.deterministic))
+    kind = cast(Kind, config.quantization)
+    if kind == "none":
+        return kind
+    form = form_on(device, kind)
+    if form is None:
+        offered = ", ".join(other for other in KINDS if usable(other, device))
+        raise ConfigError(
+            f"quantization={kind} does not run on device={device.type}; what does: {offered}"
+        )
+    if config.deterministic and not form.batch_invariant:
+        raise ConfigError(
+            f"quantization={kind} multiplies in ways that depend on what else is in the batch, so "
+            f"it cannot run with deterministic=true; leave out one of the two"
+        )
+    return kind
+
+
+def _own_quantization(
+    device: torch.device, scheme: Scheme | None, deterministic: bool
+) -> tuple[Kind, str, str]:
+    """Value, source and reason where the user left the quantisation to the checkpoint."""
+    if scheme is None:
+        return "none", "model", "the checkpoint is none of a quantising tool's"
+    if scheme.expands:
+        return "none", "model", f"{scheme.label} is expanded: {scheme.expands}"
+    form = form_on(device, scheme.kind)
+    if form is None:
+        why = f"nothing multiplies by {scheme.kind} on {device.type}"
+        return "none", "device", f"{scheme.label} is expanded: {why}"
+    if deterministic and not form.batch_invariant:
+        return "none", "derived", f"{scheme.label} is expanded, to be batch-invariant"
+    return scheme.kind, "model", f"{scheme.label}, as it is"
 
 
 def _dtype_of_gpu(device: torch.device) -> tuple[str, str, str]:
@@ -75,16 +120,7 @@ def _seconds(dtype: torch.dtype) -> float:
 def linear_mode(
     config: EngineConfig, device: torch.device, dtype: torch.dtype, spec: ModelSpec
 ) -> Mode:
-    """The form of the linear layers that the options ask for; `ConfigError` where none can be."""
-    if config.quantization == "int8":
-        if device.type != "cpu":
-            raise ConfigError("quantization=int8 runs on the CPU only; leave it out on a GPU")
-        if config.deterministic:
-            raise ConfigError(
-                "quantization=int8 scales activations by what else is in the batch, so it cannot "
-                "run with deterministic=true; leave out one of the two"
-            )
-        return "int8"
+    """The form of the dense matrices that the options ask for."""
     inputs = (spec.hidden, spec.ffn, spec.n_heads * spec.head_dim)
     if device.type == "cpu" and _compiled(dtype) and all(size % 2 == 0 for size in inputs):
         return "native"  # fastest, and batch-invariant as it is

@@ -35,7 +35,8 @@ class RandomWeights:
     ) -> None:
         self.seed, self.norm_offset, self.quantization = seed, norm_offset, quantization
         self.dtype, self.device = dtype, torch.device(device)
-        self._pools: dict[object, Tensor] = {}
+        self._pools: dict[float | Kind, Tensor] = {}
+        self._normal: Tensor | None = None
 
     def read(self, name: str, shape: tuple[int, ...], part: Part | None = None) -> Tensor:
         """See `Weights.read`; every name exists. `part` is cut from the whole."""
@@ -46,13 +47,11 @@ class RandomWeights:
         scale = 0.02 if len(shape) == 1 else shape[-1] ** -0.5
         return self._fill(name, shape, scale)
 
-    def stored(self, name: str, shape: tuple[int, ...], part: Part | None = None) -> Stored:
+    def stored(self, name: str, shape: tuple[int, ...]) -> Stored:
         """See `Weights.stored`: of the kind that the quantisation gives this matrix."""
         kind = kind_for(name, shape[1], self.quantization)
         if kind == "none":
-            return self.read(name, shape, part)
-        if part is not None:
-            shape = tuple(at.stop - at.start for at in part)
+            return self.read(name, shape)
         (n, k), wide = shape, torch.float32
         codes = self._fill(name, shape, kind)
         if kind == "fp8":
@@ -88,11 +87,10 @@ class RandomWeights:
             return torch.randint(0, 16, (POOL,), dtype=torch.uint8, generator=generator)
         if what == "int8":
             return torch.randint(-127, 128, (POOL,), dtype=torch.int8, generator=generator)
-        normal = self._pools.get("normal")
-        if normal is None:
-            normal = torch.randn(POOL, generator=generator)
-            self._pools["normal"] = normal
+        if self._normal is None:
+            self._normal = torch.randn(POOL, generator=generator)
         if what == "fp8":
-            codes = (normal * FLOAT8_SPREAD).clamp(-448, 448).to(torch.float8_e4m3fn)
+            codes = (self._normal * FLOAT8_SPREAD).clamp(-448, 448).to(torch.float8_e4m3fn)
             return codes.view(torch.uint8)
-        return (normal * what).to(self.dtype)
+        assert isinstance(what, float)
+        return (self._normal * what).to(self.dtype)

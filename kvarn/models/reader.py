@@ -1,13 +1,19 @@
 """From named tensors to the layers of a decoder: read, fuse, convert, count."""
 
+from collections import Counter
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from kvarn.core.model import ModelSpec
+from kvarn.kernels.collective import ALONE, Collective, Joined, Summed
 from kvarn.kernels.linear import SHARES_MEMORY, Mode, make_linear
 from kvarn.kernels.linear.base import Linear
+from kvarn.kernels.linear.quantize import joined, moved
+from kvarn.kernels.linear.stored import Stored
+from kvarn.models.shard import Divisible, ShardedWeights, holding, widths
 from kvarn.models.weights import Weights
 
 
@@ -37,10 +43,16 @@ class Reader:
         dtype: torch.dtype,
         device: torch.device,
         mode: Mode,
+        group: Collective = ALONE,
     ) -> None:
-        self.spec, self.weights, self.dtype, self.device = spec, weights, dtype, device
+        self.spec, self.dtype, self.device, self.group = spec, dtype, device, group
+        self.mine = holding(spec, group.rank, group.ranks)
+        self.weights = weights
+        if group.ranks > 1:
+            self.weights = ShardedWeights(cast(Divisible, weights), spec, self.mine)
         self.mode: Mode = mode
         self.n_bytes = 0
+        self.forms: Counter[str] = Counter()  #: matrices by the form that multiplies by them
 
     def tensor(self, name: str, *shape: int) -> Tensor:
         """One tensor as it is, on the device, in the compute dtype."""
@@ -53,25 +65,31 @@ class Reader:
 
     def linear(self, prefix: str, outs: dict[str, int], n_in: int, bias: bool) -> Linear:
         """The projections `outs` (name -> rows) of one input, fused into one matrix."""
-        parts = [
-            self._move(self.weights.read(f"{prefix}.{name}.weight", (n, n_in)))
-            for name, n in outs.items()
-        ]
+        parts = [self._matrix(f"{prefix}.{name}.weight", (n, n_in)) for name, n in outs.items()]
         biases = [
             self._move(self.weights.read(f"{prefix}.{name}.bias", (n,)))
             for name, n in outs.items()
             if bias
         ]
-        weight = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return self._linear(weight, torch.cat(biases) if biases else None)
+        return self._linear(joined(parts), torch.cat(biases) if biases else None)
 
     def head(self, embed: Tensor) -> Linear:
         """The output projection; tied models multiply by the embedding."""
-        if not self.spec.tie_embeddings:
-            weight = self.weights.read("lm_head.weight", (self.spec.vocab, self.spec.hidden))
-            return self._linear(self._move(weight), None)
-        head = make_linear(embed, None, self.mode)
-        self.n_bytes += 0 if self.mode in SHARES_MEMORY else head.weight_bytes
+        rows = self.mine.vocab
+        head = self._head(embed[rows.start : rows.stop])
+        if self.group.ranks == 1:
+            return head
+        return Joined(head, self.group, widths(self.spec.vocab, self.group.ranks))
+
+    def _head(self, embed: Tensor) -> Linear:
+        name = "embed_tokens.weight" if self.spec.tie_embeddings else "lm_head.weight"
+        weight = self._matrix(name, (self.spec.vocab, self.spec.hidden))
+        if not (self.spec.tie_embeddings and isinstance(weight, Tensor)):
+            return self._linear(weight, None)
+        shared = self.n_bytes
+        head = self._linear(embed, None)
+        if self.mode in SHARES_MEMORY:
+            self.n_bytes = shared
         return head
 
     def layer(self, i: int) -> Layer:
@@ -89,7 +107,9 @@ class Reader:
             ),
             q_norm=self._optional(spec.qk_norm, f"{at}.self_attn.q_norm.weight", spec.head_dim),
             k_norm=self._optional(spec.qk_norm, f"{at}.self_attn.k_norm.weight", spec.head_dim),
-            out=self.linear(f"{at}.self_attn", {"o_proj": spec.hidden}, n_q, spec.out_bias),
+            out=self._summed(
+                self.linear(f"{at}.self_attn", {"o_proj": spec.hidden}, n_q, spec.out_bias)
+            ),
             attn_post_norm=self._optional(
                 gemma, f"{at}.post_attention_layernorm.weight", spec.hidden
             ),
@@ -104,18 +124,32 @@ class Reader:
                 spec.hidden,
                 spec.mlp_bias,
             ),
-            down=self.linear(f"{at}.mlp", {"down_proj": spec.hidden}, spec.ffn, spec.mlp_bias),
+            down=self._summed(
+                self.linear(f"{at}.mlp", {"down_proj": spec.hidden}, spec.ffn, spec.mlp_bias)
+            ),
             mlp_post_norm=self._optional(
                 gemma, f"{at}.post_feedforward_layernorm.weight", spec.hidden
             ),
         )
 
+    def _summed(self, linear: Linear) -> Linear:
+        """A matrix that every rank holds some inputs of."""
+        return linear if self.group.ranks == 1 else Summed(linear, self.group)
+
     def _optional(self, present: bool, name: str, size: int) -> Tensor | None:
         return self.norm(name, size) if present else None
 
-    def _linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+    def _matrix(self, name: str, shape: tuple[int, int]) -> Stored:
+        """One matrix as the weights hold it, on the device."""
+        weight = self.weights.stored(name, shape)
+        return self._move(weight) if isinstance(weight, Tensor) else moved(weight, self.device)
+
+    def _linear(self, weight: Stored, bias: Tensor | None) -> Linear:
+        # parts that were held in different ways come joined in fp32
+        weight = self._move(weight) if isinstance(weight, Tensor) else weight
         linear = make_linear(weight, bias, self.mode)
         self.n_bytes += linear.weight_bytes
+        self.forms[linear.mode] += 1
         return linear
 
     def _move(self, x: Tensor) -> Tensor:

@@ -63,7 +63,6 @@ class SafetensorsWeights:
             raise _broken(path, stored, f"cannot be read: {error}") from None
         return tensor
 
-
     def kind(self, name: str) -> str:
         """The safetensors type of a tensor that is there."""
         path, stored = self.places[name]

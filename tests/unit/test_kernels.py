@@ -10,6 +10,7 @@ from kvarn.core.errors import ConfigError
 from kvarn.core.model import RopeScaling
 from kvarn.kernels import activation, native, norm, rope
 from kvarn.kernels.linear import make_linear
+from kvarn.kernels.linear.quantize import to_int8
 
 torch.set_num_threads(1)
 
@@ -54,7 +55,7 @@ def test_linear(mode, dtype, bias, n, k):
 def test_linear_of_a_slice(mode):
     """Rows with a stride, as in a fused projection."""
     weight = torch.randn(64, 96) * 0.1
-    linear = make_linear(weight, None, mode)
+    linear = make_linear(to_int8(weight)) if mode == "int8" else make_linear(weight, None, mode)
     x = torch.randn(5, 200)
     for view in (x[:, :96], x[:, 3:99], x[:, :192:2]):
         assert torch.equal(linear(view), linear(view.contiguous()))
@@ -67,7 +68,7 @@ def test_int8(dtype, t):
     torch.manual_seed(t)
     weight, bias = torch.randn(192, 576) / 24, torch.randn(192)
     x = torch.randn(t, 576).to(dtype)
-    y = make_linear(weight.to(dtype), bias.to(dtype), "int8")(x)
+    y = make_linear(to_int8(weight.to(dtype)), bias.to(dtype))(x)
     assert y.shape == (t, 192) and y.dtype == dtype
     want = x.float() @ weight.T + bias
     if t:

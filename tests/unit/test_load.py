@@ -10,7 +10,8 @@ from golden.naive import naive_generate, naive_logits
 
 from kvarn.core.config import resolve
 from kvarn.core.errors import ConfigError, ModelError
-from kvarn.kernels import native
+from kvarn.kernels import linear, native
+from kvarn.kernels.linear.dynamic_int8 import Int8
 from kvarn.models import fit, load, precision
 from kvarn.models.fit import GIB, check_fits, weight_bytes
 from kvarn.models.shapes import named_shape
@@ -77,7 +78,10 @@ def test_form_of_the_linear_layers(
     assert model.decoder.layers[0].qkv.mode == mode
 
 
-def test_int8_cannot_be_batch_invariant(tiny_folder: Any) -> None:
+def test_int8_through_torch_cannot_be_batch_invariant(
+    monkeypatch: pytest.MonkeyPatch, tiny_folder: Any
+) -> None:
+    monkeypatch.setattr(linear, "QUANTIZED", (Int8,))
     options = {"model": tiny_folder("llama"), "quantization": "int8", "deterministic": True}
     with pytest.raises(ConfigError, match="leave out one of the two"):
         load.load(resolve(options | {"load": "random"}))
@@ -116,7 +120,7 @@ def test_what_does_not_fit_says_what_would() -> None:
 
 
 def test_load_checks_before_it_allocates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "free_memory", lambda device: (GIB, 2 * GIB))
+    monkeypatch.setattr(load, "free_memory", lambda device, ranks: (GIB, 2 * GIB))
     with pytest.raises(ModelError, match=r"llama-3\.1-70b does not fit on cpu"):
         load.load(resolve({"model": "llama-3.1-70b", "load": "random", "dtype": "bfloat16"}))
 

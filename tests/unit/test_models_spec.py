@@ -122,7 +122,6 @@ def test_end_tokens_of_both_configs() -> None:
         ({"model_type": "mamba"}, "supported: gemma2, gemma3"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
         ({"hidden_act": "relu"}, "relu"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "GGUF"),
         ({"hidden_size": None}, "hidden_size"),
         ({"partial_rotary_factor": 0.5}, "partial rotary"),
     ],

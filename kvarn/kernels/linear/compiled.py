@@ -16,6 +16,7 @@ class Native(Linear):
     """The compiled kernel on panels of 32 outputs; batch-invariant (bf16 with even n_in, fp32)."""
 
     mode = "native"
+    batch_invariant = True
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight, bias)

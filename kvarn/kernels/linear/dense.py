@@ -43,6 +43,7 @@ class Invariant(Linear):
     """Tiles of one fixed shape, the last one padded with zeros, so a row never sees its batch."""
 
     mode = "invariant"
+    batch_invariant = True
     TILE: ClassVar[int] = 16
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""int8 weights and activations on the CPU."""
+"""int8 weights and activations on the CPU, through torch's own kernels."""
 
 import warnings
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvarn.kernels.linear.base import Linear
+from kvarn.kernels.linear.stored import Affine, Quantized
 
 
 class Int8(Linear):
@@ -17,14 +18,25 @@ class Int8(Linear):
 
     mode = "int8"
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    @classmethod
+    def takes(cls, weight: Quantized) -> bool:
+        """Eight bits, symmetric, one scale a row, on the CPU."""
+        return (
+            isinstance(weight, Affine)
+            and weight.bits == 8
+            and weight.group == weight.shape[1]
+            and weight.offset is None
+            and weight.codes.device.type == "cpu"
+        )
+
+    def __init__(self, weight: Affine, bias: Tensor | None) -> None:
         super().__init__(weight, bias)
-        wide = weight.float()
-        scale = wide.abs().amax(1).clamp_min(1e-12) / 127.0
         zero = torch.zeros(self.n_out, dtype=torch.int64)
         with warnings.catch_warnings():  # torch means to drop this call; no other packs for x86
             warnings.filterwarnings("ignore", message=".*quantize_per_channel")
-            quantized = torch.quantize_per_channel(wide, scale, zero, 0, torch.qint8)
+            quantized = torch._make_per_channel_quantized_tensor(
+                weight.codes, weight.scale[:, 0].contiguous(), zero, 0
+            )
         torch.backends.quantized.engine = "x86"
         self.packed = torch.ops.quantized.linear_prepack(
             quantized, None if bias is None else bias.float()

@@ -33,6 +33,11 @@ class Affine:
             wide += self.offset[:, :, None]
         return wide.flatten(1)
 
+    def describe(self) -> str:
+        """For messages: "int4 in groups of 32"."""
+        how = "with a scale a row" if self.group == self.shape[1] else f"in groups of {self.group}"
+        return f"int{self.bits} {how}"
+
 
 @dataclass(slots=True)
 class Float8:
@@ -50,5 +55,10 @@ class Float8:
         """The matrix in fp32."""
         return self.codes.float() * self.scale[:, None]
 
+    def describe(self) -> str:
+        """For messages: "fp8 with a scale a row"."""
+        return f"fp8 with a scale {'a row' if len(self.scale) > 1 else 'a matrix'}"
 
-Stored = Tensor | Affine | Float8
+
+Quantized = Affine | Float8
+Stored = Tensor | Quantized
