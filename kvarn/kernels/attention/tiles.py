@@ -75,6 +75,8 @@ def tiles(rows: PagedRows, spans: Ints, low: Ints, height: int) -> Ints:
 
 def shared_tiles(rows: PagedRows, runs: Ints, height: int) -> Ints:
     """Items [n, 8] of runs of spans (first span, spans, positions shared); every row sees all."""
+    if not len(runs):
+        return np.empty((0, 8), np.int64)
     first = rows.indptr[runs[:, 0]]
     length = rows.indptr[runs[:, 0] + runs[:, 1]] - first
     counts = -(-length // height)
@@ -98,26 +100,29 @@ def split_length(items: Ints, kv_heads: int, cut: Cut) -> int:
     than programs / kv_heads ranges are longer than the length and so are split, into fewer than
     2 * programs / kv_heads items.
     """
-    positions = int(items[:, HIGH].sum() - items[:, LOW].sum())
+    positions = int((items[:, HIGH] - items[:, LOW]).sum())
     even = -(-positions * kv_heads // cut.programs)
     return -(-max(even, cut.least) // STEP) * STEP
 
 
 def split(items: Ints, length: int) -> Ints:
     """The items, in pieces of at most `length` positions in order; pieces are partial."""
+    if not len(items):
+        return items
     spans = items[:, HIGH] - items[:, LOW]
-    if not len(items) or spans.max() <= length:
+    if spans.max() <= length:
         return items
     return in_pieces(items, -(-spans // length), length)
 
 
 def in_pieces(items: Ints, pieces: Ints, length: int) -> Ints:
     """The items, each in the given number of pieces; all but the last have `length` positions."""
-    nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    items[pieces > 1, PART] = 0
+    ends = np.cumsum(pieces)
+    nth = np.arange(ends[-1]) - np.repeat(ends - pieces, pieces)
     items = np.repeat(items, pieces, axis=0)
     items[:, LOW] += nth * length
     np.minimum(items[:, HIGH], items[:, LOW] + length, out=items[:, HIGH])
-    items[np.repeat(pieces > 1, pieces), PART] = 0
     return items
 
 
@@ -126,21 +131,24 @@ def joined(launches: Sequence[Ints], window: int | None) -> Work:
 
     Slots are merged in the order of the launches given, and of their items.
     """
-    parts = [items[items[:, PART] >= 0] for items in launches]
     n_slots = 0
     rows_of: list[Ints] = []
     unseen: list[Bools] = []
-    for items, partial in zip(launches, parts):
-        if not len(partial):
+    for items in launches:
+        at = np.flatnonzero(items[:, PART] >= 0)
+        if not len(at):
             continue
+        partial = items[at]
         count = partial[:, ROWS]
         ends = np.cumsum(count)
-        items[items[:, PART] >= 0, PART] = n_slots + ends - count
-        nth = np.arange(ends[-1]) - np.repeat(ends - count, count)
-        rows_of.append(np.repeat(partial[:, ROW], count) + nth)
+        items[at, PART] = n_slots + ends - count
+        row, left = partial[:, ROW], partial[:, HIGH] - partial[:, START]
+        if ends[-1] > len(at):  # of several rows
+            nth = np.arange(ends[-1]) - np.repeat(ends - count, count)
+            row, left = np.repeat(row, count) + nth, np.repeat(left, count) - nth
+        rows_of.append(row)
         if window is not None:
-            end = np.repeat(partial[:, HIGH] - partial[:, START], count)
-            unseen.append(end <= nth - window + 1)
+            unseen.append(left <= 1 - window)
         n_slots += int(ends[-1])
     merges, entries = _lists(rows_of, unseen)
     ordered = [items[np.argsort(items[:, LOW] - items[:, HIGH], kind="stable")]
@@ -157,6 +165,11 @@ def _lists(rows_of: list[Ints], unseen: list[Bools]) -> tuple[Ints, Ints]:
     if unseen:
         entries = entries[~np.concatenate(unseen)[entries]]
     row_of = row_of[entries]
-    first = np.flatnonzero(np.diff(row_of, prepend=-1))
-    counts = np.diff(first, append=len(entries))
-    return np.stack((row_of[first], first, counts), 1), entries
+    first = np.flatnonzero(row_of[1:] != row_of[:-1]) + 1
+    merges = np.zeros((len(first) + 1, 3), np.int64)
+    merges[1:, 1] = first
+    merges[:, 0] = row_of[merges[:, 1]]
+    merges[:-1, 2] = first
+    merges[-1, 2] = len(row_of)
+    merges[:, 2] -= merges[:, 1]
+    return merges, entries
