@@ -27,6 +27,7 @@ class TritonAttention(Part):
     paper: ClassVar[str] = "2501.01005"
     regime: ClassVar[str] = "any batch on an NVIDIA GPU; long prompts alone are faster in cuDNN"
     needs: ClassVar[frozenset[Cap]] = frozenset({Cap.CUDA_DEVICE})
+    gives: ClassVar[frozenset[Cap]] = frozenset({Cap.CAPTURE})
 
     def __init__(self) -> None:
         try:
