@@ -192,8 +192,8 @@ def _achieved(row: dict[str, Any]) -> list[Any]:
 
 
 def _started(start: dict[str, Any]) -> list[Any]:
-    stages = start["about"].get("startup") or {}
-    told = ", ".join(f"{name} {cell(float(seconds))}" for name, seconds in stages.items())
+    stages = start["about"].get("startup", [])
+    told = ", ".join(f"{one['stage']} {cell(float(one['seconds']))}" for one in stages)
     return [start["engine"], start["setting"], start["model"], start["start_s"], told or "-"]
 
 

@@ -8,14 +8,14 @@ from random import Random
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import table
 
 from benchmarks.gpu.workloads import Ceilings, Load, floor, nano, settings, sizes, uniform
 from kvarn.bench import record
 
+ROOT = Path(__file__).parents[2]
 CEILINGS = Ceilings(3107.0, 720.0, 1350.0)
 
 
@@ -113,7 +113,7 @@ def test_page_shows_targets_and_attention_rates():
         "ceilings": {"read_gb_s": 3100.0, "matmul_tflop_s": 720.0, "fp8_tflop_s": None},
         "starts": [
             {"engine": "kvarn", "setting": "8b", "model": "llama-3-8b", "start_s": 12.5,
-             "about": {"version": "1", "startup": {"weights": 2.0}}}
+             "about": {"version": "1", "startup": [{"stage": "weights", "seconds": 2.0}]}}
         ],
         "results": [row],
         "left_out": [{"engine": "vllm", "setting": "1b", "why": "no time left"}],
