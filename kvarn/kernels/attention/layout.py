@@ -8,6 +8,7 @@ from kvarn.kernels.attention import Ints, PagedRows
 from kvarn.kernels.attention.tiles import (
     HIGH,
     LOW,
+    SLACK,
     Cut,
     Work,
     joined,
@@ -101,8 +102,8 @@ def is_split(rows: PagedRows, heads: Heads) -> bool:
     own = tiles(rows, np.flatnonzero(np.diff(rows.indptr)), rows.base, few.height)
     if not len(own):
         return False
-    longest = int((own[:, HIGH] - own[:, LOW]).max())
-    return longest > few.least and longest > split_length(own, heads.kv_heads, few)
+    length = split_length(own, heads.kv_heads, few)
+    return int((own[:, HIGH] - own[:, LOW]).max()) > length + length // SLACK
 
 
 def paying(rows: PagedRows, heads: Heads) -> Ints:

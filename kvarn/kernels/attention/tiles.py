@@ -20,7 +20,8 @@ Bools = NDArray[np.bool_]
 #: first page, position of that page's first slot, first KV position, end of the KV positions, slot
 #: of the first row's partial result or -1 where the result is final
 ROW, ROWS, START, PAGE_AT, BASE, LOW, HIGH, PART = range(8)
-STEP = 256  #: splits end at multiples of this many positions from where they began
+STEP = 64  #: splits end at multiples of this many positions from where they began
+SLACK = 4  #: pieces may be longer than aimed at by one part of so many: merges cost too
 
 
 @dataclass(slots=True, frozen=True)
@@ -92,7 +93,7 @@ def shared_tiles(rows: PagedRows, runs: Ints, height: int) -> Ints:
 
 
 def split_length(items: Ints, kv_heads: int, cut: Cut) -> int:
-    """KV positions of the longest item after splitting, a multiple of `STEP`.
+    """KV positions of an item that splitting aims at.
 
     The ranges are cut so that about `cut.programs` programs share them evenly. As a range of n
     positions gives fewer than n / length + 1 items, and the n add up to at most length * programs /
@@ -106,21 +107,25 @@ def split_length(items: Ints, kv_heads: int, cut: Cut) -> int:
 
 
 def split(items: Ints, length: int) -> Ints:
-    """The items, in pieces of at most `length` positions in order; pieces are partial."""
+    """The items, in even pieces of about `length` positions in order; pieces are partial."""
     if not len(items):
         return items
     spans = items[:, HIGH] - items[:, LOW]
-    if spans.max() <= length:
+    slack = length // SLACK
+    if spans.max() <= length + slack:
         return items
-    return in_pieces(items, -(-spans // length), length)
+    pieces = np.maximum(-(-(spans - slack) // length), 1)
+    even = -(-spans // (pieces * STEP)) * STEP
+    return in_pieces(items, -(-spans // even), even)
 
 
-def in_pieces(items: Ints, pieces: Ints, length: int) -> Ints:
-    """The items, each in the given number of pieces; all but the last have `length` positions."""
+def in_pieces(items: Ints, pieces: Ints, length: Ints) -> Ints:
+    """The items, each in a number of pieces; all but the last have `length` [n] positions."""
     items[pieces > 1, PART] = 0
     ends = np.cumsum(pieces)
     nth = np.arange(ends[-1]) - np.repeat(ends - pieces, pieces)
     items = np.repeat(items, pieces, axis=0)
+    length = np.repeat(length, pieces)
     items[:, LOW] += nth * length
     np.minimum(items[:, HIGH], items[:, LOW] + length, out=items[:, HIGH])
     return items

@@ -16,6 +16,7 @@ from kvarn.kernels.attention.layout import Heads, Layout, lay_out
 from kvarn.kernels.attention.tilings import Tiling, power_of_two
 from kvarn.kernels.upload import upload
 
+TALL = 128  #: rows of the tiles that Hopper's own kernel takes
 LOG2E = 1.4426950408889634
 
 
@@ -120,6 +121,7 @@ def _attend(
 ) -> None:  # fmt: skip
     """One launch: a program an item and KV head."""
     from kvarn.kernels.triton.attend import attend
+    from kvarn.kernels.triton.attend_hopper import attend_chunks, fits
 
     kv_heads, dim = cache.shape[1], q.shape[2]
     group, block_d = q.shape[1] // kv_heads, max(16, power_of_two(dim))
@@ -127,6 +129,12 @@ def _attend(
         scale, cap = rows.scale * LOG2E, 0.0
     else:
         scale, cap = rows.scale / rows.softcap, rows.softcap * LOG2E
+    if tiling.block_m == TALL and fits(cache, q):
+        capped, window = rows.softcap is not None, rows.window or 0
+        attend_chunks(
+            items, pages, cache, q, o, lse, part_o, part_lse, scale, cap, window, capped
+        )  # fmt: skip
+        return
     precision = "ieee" if q.dtype == torch.float32 else "tf32"
     attend[(len(items) * kv_heads,)](
         q, cache, items, pages, o, lse, part_o, part_lse,
