@@ -6,6 +6,7 @@ as the median of captured replays over inputs that take turns past the L2 cache.
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,9 +31,9 @@ def captured(form: Callable[[Any], Any], inputs: list[Any], replays: int = 5) ->
         for each in inputs:
             form(each)
     graph.replay()
-    taken = []
+    taken: list[float] = []
     for _ in range(replays):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         graph.replay()
         end.record()
@@ -68,22 +69,17 @@ def bench_sample() -> None:
         for spread, width in SPREADS.items():
             inputs = some(lambda: torch.randn(rows, VOCAB, **where) * width)  # noqa: B023
             for kind, (temperature, top_k, top_p) in kinds.items():
-                wish = (
-                    torch.full((rows,), temperature, **where),
-                    torch.full((rows,), top_k, dtype=torch.int32, **where),
-                    torch.full((rows,), top_p, **where),
-                    torch.zeros(rows, **where),
+                draw = partial(
+                    sample,
+                    temperature=torch.full((rows,), temperature, **where),
+                    top_k=torch.full((rows,), top_k, dtype=torch.int32, **where),
+                    top_p=torch.full((rows,), top_p, **where),
+                    min_p=torch.zeros(rows, **where),
+                    key=key,
+                    length=length,
+                    filtered=top_k > 0 or top_p < 1,
                 )
-                taken = captured(
-                    lambda x, w=wish, f=top_k > 0 or top_p < 1: sample(  # type: ignore[misc]
-                        x,
-                        *w,
-                        key,
-                        length,
-                        filtered=f,  # noqa: B023
-                    ),
-                    inputs,
-                )
+                taken = captured(draw, inputs)
                 report(f"sample {rows} rows, {spread}, {kind}", taken, inputs[0].numel() * 4)
 
 
@@ -97,22 +93,21 @@ def bench_rows() -> None:
         cache = torch.zeros(-(-rows // PAGE), KV_HEADS, 2, PAGE, DIM, **kind)
         heads = HEADS + 2 * KV_HEADS
         inputs = some(lambda: torch.randn(rows, heads * DIM, **kind))  # noqa: B023
-        for title, weights in (("rope_write", (None, None)), ("qk-norm, rope_write", (norm, norm))):
-            taken = captured(
-                lambda x, w=weights: rope_write(  # type: ignore[misc]
-                    x,
-                    at,
-                    at,
-                    rope.cos,
-                    rope.sin,
-                    cache,
-                    HEADS,
-                    KV_HEADS,
-                    *w,
-                    1e-5,  # noqa: B023
-                ),
-                inputs,
+        for title, weights in (("rope_write", None), ("qk-norm, rope_write", norm)):
+            write = partial(
+                rope_write,
+                positions=at,
+                slots=at,
+                cos=rope.cos,
+                sin=rope.sin,
+                cache=cache,
+                heads=HEADS,
+                kv_heads=KV_HEADS,
+                q_norm=weights,
+                k_norm=weights,
+                eps=1e-5,
             )
+            taken = captured(write, inputs)
             report(f"{title} {rows} rows", taken, rows * heads * DIM * 4)
         pairs = some(lambda: torch.randn(2, rows, HIDDEN, **kind))  # noqa: B023
         taken = captured(lambda x: add_rms_norm(x[0], x[1], weight, 1e-5), pairs)

@@ -326,24 +326,24 @@ def sample(
     some row has top-k, top-p or min-p; without it they are not looked at.
     """
     rows, vocab = logits.shape
-    where = {"device": logits.device}
-    tokens = torch.empty(rows, dtype=torch.int32, **where)
+    make = logits.new_empty
+    tokens = make(rows, dtype=torch.int32)
     if not rows:
         return tokens
-    chunks = triton.cdiv(vocab, CHUNK)
+    chunks: int = triton.cdiv(vocab, CHUNK)
     block_c = max(triton.next_power_of_2(chunks), 32)
-    tops, sums = torch.empty((2, rows, chunks), dtype=torch.float32, **where).unbind(0)
-    ids = torch.empty((rows, chunks), dtype=torch.int32, **where)
+    tops, sums = make((2, rows, chunks), dtype=torch.float32).unbind(0)
+    ids = make((rows, chunks), dtype=torch.int32)
     n_blocks = rows * chunks * (CHUNK // BLOCK) if filtered else 0
-    block_tops = torch.empty(n_blocks, dtype=torch.float32, **where)
-    floors = torch.empty(rows, dtype=torch.float32, **where)
+    block_tops = make(n_blocks, dtype=torch.float32)
+    floors = make(rows, dtype=torch.float32)
     step = logits.stride(0)
     survey[(chunks, rows)](
         logits, temperature, tops, ids, sums, block_tops, vocab, step, filtered, CHUNK, BLOCK,
         num_warps=4,
     )  # fmt: skip
     if filtered:
-        blocks = torch.empty(n_blocks, dtype=torch.int32, **where)
+        blocks = make(n_blocks, dtype=torch.int32)
         settle[(rows,)](
             logits, temperature, top_k, top_p, min_p, tops, sums, block_tops, blocks, floors,
             vocab, step, chunks, CHUNK, BLOCK, block_c, TILE, num_warps=16,
