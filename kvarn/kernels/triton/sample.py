@@ -24,7 +24,6 @@ TILE = 4096  #: tokens a step of a search
 COLDEST: tl.constexpr = tl.constexpr(1e-30)
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 INFINITY: tl.constexpr = tl.constexpr(float("inf"))
-NAN: tl.constexpr = tl.constexpr(float("nan"))
 #: the bits of infinity as an integer; those of numbers >= 0 are ordered like the numbers
 INFINITE_BITS: tl.constexpr = tl.constexpr(0x7F800000)
 NOWHERE: tl.constexpr = tl.constexpr(0x7FFFFFFF)
@@ -89,7 +88,7 @@ def survey(
     if BLOCKS_TOO:
         tl.store(block_tops + place * BLOCKS + nth, highest)
     first = tl.min(tl.min(tl.where(numbers == top, at, NOWHERE), 1), 0)
-    tl.store(tops + place, tl.where(broken, NAN, top))
+    tl.store(tops + place, tl.where(broken, float("nan"), top))
     tl.store(ids + place, first)
     temperature = tl.load(temperatures + row)
     if temperature > 0:
