@@ -8,23 +8,9 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kvarn.kernels.linear.tiles import Tile
 from kvarn.kernels.triton.gemv import gemv
 from kvarn.kernels.triton.small_m import small_m
-
-
-@dataclass(slots=True, frozen=True)
-class Tile:
-    """How a product is cut into programs; `gemv` takes one row, the others any number."""
-
-    kernel: Literal["gemv", "dot", "tma"]
-    block_m: int  #: rows of x; the last block is masked
-    block_n: int  #: rows of W (gated: of the gate, and as many of up)
-    block_k: int  #: columns of an iteration
-    warps: int
-    stages: int  #: depth of the software pipeline
-    splits: int = 1  #: programs that share the columns of a tile
-    ahead: int = 0  #: 512 byte pieces of each row prefetched before the kernel before is done
-    segments: int = 1  #: partial sums of a program; splits * segments fixes the order of additions
 
 
 @dataclass(slots=True)

@@ -58,7 +58,7 @@ def small_m(
     x_at = x + lines.to(tl.int64)[:, None] * x_row
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     total_up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for segment in tl.static_range(SEGMENTS):
+    for segment in range(SEGMENTS):
         low = start + segment * span
         high = tl.minimum(low + span, k)
         sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -77,6 +77,23 @@ def small_m(
         total = sums if SEGMENTS == 1 else total + sums
         total_up = ups if SEGMENTS == 1 else total_up + ups
 
+    deliver(
+        total, total_up, bias, x_scale, w_scale, out, part, arrived, m, n, tile, m_tile, split,
+        splits, GATED, GELU, BIAS, SCALED, SPLIT, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+
+
+@triton.jit
+def deliver(
+    total, total_up, bias, x_scale, w_scale, out, part, arrived, m, n, tile, m_tile, split, splits,
+    GATED: tl.constexpr, GELU: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Sums [BLOCK_N, BLOCK_M] of one of `splits` programs to `out`: the last one adds them all."""
+    m_tiles = tl.cdiv(m, BLOCK_M)
+    columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    lines = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = lines < m
     spot = lines.to(tl.int64)[None, :] * n + columns[:, None]
     inside = live[None, :] & (columns < n)[:, None]
     if SPLIT:
