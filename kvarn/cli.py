@@ -21,7 +21,7 @@ from kvarn.core.request import SamplingParams
 #: sampling fields that no flag can hold: filled by the engine, or by --json-schema and its like
 NO_FLAG = ("bad_word_ids", "grammar", "prompt_logprobs")
 #: flags that take all words up to the next flag
-SPREADING = ("--goodput", "--preset")
+SPREADING = ("--goodput", "--preset", "--form")
 
 #: of click, or of the copy of it that typer carries
 UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]

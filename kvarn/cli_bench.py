@@ -1,11 +1,11 @@
-"""`kvarn bench offline | serve | latency | startup | compare`."""
+"""`kvarn bench offline | serve | latency | startup | perplexity | compare`."""
 
 import sys
 from typing import Annotated, Any
 
 import typer
 
-from kvarn.bench.options import Latency, Load, Offline, Startup, Workload
+from kvarn.bench.options import Latency, Load, Offline, Perplexity, Startup, Workload
 from kvarn.cli_options import chosen, takes
 from kvarn.core.config import EngineConfig
 
@@ -18,8 +18,8 @@ LATE_MS = 50.0
 
 def add_bench(app: typer.Typer) -> None:
     """Add `bench` and its commands to the program."""
-    bench = typer.Typer(help="Measure: offline, serve, latency, startup; compare two results.")
-    for command in (_offline, _serve, _latency, _startup, _compare):
+    bench = typer.Typer(help="Measure speed and quality; compare two results.")
+    for command in (_offline, _serve, _latency, _startup, _perplexity, _compare):
         bench.command(command.__name__.strip("_"))(command)
     app.add_typer(bench, name="bench")
 
@@ -105,6 +105,25 @@ def _startup(
     return 0
 
 
+@takes(engine=EngineConfig, how=Perplexity)
+def _perplexity(
+    engine: dict[str, Any], how: dict[str, Any], name: Model = None, json: ToFile = None
+) -> int:
+    """What a number format costs: perplexity of a fixed text, as the engine serves it."""
+    from kvarn.bench import perplexity
+    from kvarn.cli_model import open_llm
+
+    options = Perplexity(**how)
+    text = perplexity.read_text(options)
+    runs = []
+    for given in perplexity.forms(engine, options):
+        with open_llm(chosen(given, name)) as llm:
+            runs.append(perplexity.score(llm, text, options))
+    result = perplexity.result(runs, text, options)
+    _report(result, json, perplexity_lines(result))
+    return 0
+
+
 def _compare(
     a: Annotated[str, typer.Argument(metavar="A.json")],
     b: Annotated[str, typer.Argument(metavar="B.json")],
@@ -165,6 +184,24 @@ def offline_lines(result: dict[str, Any]) -> list[str]:
                 f"{row['workload']:>12}  {row['share_of_read']:.0%} of the bandwidth, "
                 f"{row['share_of_gemm']:.0%} of the GEMM rate"
             )
+    return lines
+
+
+def perplexity_lines(result: dict[str, Any]) -> list[str]:
+    """The result of `bench perplexity` as a table."""
+    work = result["workload"]
+    lines = [
+        f"{work['text']}: {work['tokens']} tokens in windows of {work['window']}",
+        f"{'dtype':>10}  {'quantization':>12}  {'perplexity':>10}  {'ratio':>18}  {'seconds':>7}",
+    ]
+    for row in result["results"]:
+        ratio = "-"
+        if row["ratio"] is not None:
+            ratio = f"{row['ratio']:.4f} +- {row['ratio_error']:.4f}"
+        lines.append(
+            f"{row['dtype']:>10}  {row['quantization']:>12}  {row['perplexity']:10.3f}  "
+            f"{ratio:>18}  {row['seconds']:7.1f}"
+        )
     return lines
 
 

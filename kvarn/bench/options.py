@@ -77,6 +77,19 @@ class Latency:
 
 
 @dataclass(slots=True)
+class Perplexity:
+    """What the quality benchmark scores, and against what."""
+
+    text: str | None = option(None, "file to score; default: four chapters that come with kvarn")
+    window: int = option(512, "longest context", "tokens")
+    stride: int = option(256, "new tokens of a window; the others are its context", "tokens")
+    form: tuple[str, ...] = option(
+        (), "number formats to measure instead of --dtype and --quantization: bfloat16, int8, ..."
+    )
+    against: str = option("", "number format whose perplexity the others are divided by: float32")
+
+
+@dataclass(slots=True)
 class Startup:
     """What the start-up benchmark runs."""
 

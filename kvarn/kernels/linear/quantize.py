@@ -15,15 +15,19 @@ SHRINKS = (1.0, 0.92, 0.84)
 BLOCK = 1 << 18  #: weights quantised at a time: temporaries stay in the cache [elements]
 
 
-def to_int8(weight: Tensor) -> Affine:
-    """Symmetric, one scale a row, from [N, K] of any float dtype."""
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scale = weight.abs().amax(1, keepdim=True).float().clamp_min(1e-12) / 127.0
+def to_int8(weight: Tensor, group: int | None = None) -> Affine:
+    """Symmetric, one scale a row or a group of inputs, from [N, K] of any float dtype."""
+    n, k = weight.shape
+    group = group or k
+    codes = torch.empty(n, k, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(n, k // group, dtype=torch.float32, device=weight.device)
     rows = _rows(weight)
-    for at in range(0, len(weight), rows):
-        part = weight[at : at + rows].float() / scale[at : at + rows]
-        codes[at : at + rows] = part.round_().clamp_(-127, 127)
-    return Affine(codes, scale, None, 8, weight.shape[1])
+    for at in range(0, n, rows):
+        part = weight[at : at + rows].float().view(-1, k // group, group)
+        most = part.abs().amax(2).clamp_min_(1e-12) / 127.0
+        codes[at : at + rows] = (part / most[:, :, None]).round_().clamp_(-127, 127).flatten(1)
+        scale[at : at + rows] = most
+    return Affine(codes, scale, None, 8, group)
 
 
 def to_int4(weight: Tensor, group: int = GROUP) -> Affine:

@@ -25,12 +25,20 @@ KINDS: tuple[Kind, ...] = ("none", "int8", "int4", "fp8")
 
 #: how a dense matrix becomes one of each kind
 MAKERS: Mapping[str, Callable[[Tensor], Quantized]] = {
-    "int8": to_int8,
+    "int8": lambda weight: to_int8(weight, _int8_group(weight)),
     "int4": to_int4,
     "fp8": to_float8,
 }
 #: the output matrix, by the kind of the others: where mistakes show first it has eight bits or more
 HEADS: Mapping[Kind, Kind] = {"none": "none", "int8": "int8", "int4": "int8", "fp8": "none"}
+
+
+def _int8_group(weight: Tensor) -> int | None:
+    """Groups on the CPU, whose kernel sums by group and so has them for nothing; rows elsewhere."""
+    n_in = weight.shape[1]
+    if weight.device.type != "cpu" or n_in % GROUP:
+        return None
+    return GROUP if form_of(to_int8(weight[:1], GROUP)) is not None else None
 
 
 class Source(Protocol):
