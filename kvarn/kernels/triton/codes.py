@@ -14,7 +14,6 @@ import triton.language as tl
 from kvarn.kernels.triton.small_m import deliver
 from kvarn.kernels.triton.stream import begin
 
-
 #: bits 4 i to 4 i + 3 of both halves of a word, under the bits of 128
 TAKE = "lop3.b32 $0, t, 0x000f000f, 0x43004300, 0xea; }"
 TAKE_0 = tl.constexpr("{ .reg .b32 t; mov.b32 t, $1; " + TAKE)
@@ -31,9 +30,7 @@ def _numbers(words, NIBBLE: tl.constexpr, FAST: tl.constexpr):
     low: tl.constexpr = TAKE_0 if NIBBLE == 0 else TAKE_1
     high: tl.constexpr = TAKE_2 if NIBBLE == 2 else TAKE_3
     take: tl.constexpr = low if NIBBLE < 2 else high
-    return tl.inline_asm_elementwise(
-        take, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2
-    )
+    return tl.inline_asm_elementwise(take, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
 
 
 @triton.jit(do_not_specialize=["m", "splits", "ahead"])
@@ -69,8 +66,13 @@ def codes(
     scale_at = scale + rows * groups
     offset_at = offset + rows * groups if OFFSET else scale_at
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for at in tl.range(start, tl.minimum(start + span, k), 32 * RUNS, num_stages=STAGES):
-        words = tl.load(w_at + at // RUNS, eviction_policy="evict_first")
+    # two loads ahead by hand: what is expanded in registers is not pipelined by the compiler
+    high = tl.minimum(start + span, k)
+    last = high // RUNS - 32
+    words = tl.load(w_at + tl.minimum(start // RUNS, last))
+    later = tl.load(w_at + tl.minimum(start // RUNS + 32, last))
+    for at in tl.range(start, high, 32 * RUNS, num_stages=STAGES):
+        latest = tl.load(w_at + tl.minimum(at // RUNS + 64, last))
         for i in tl.static_range(RUNS):
             some = tl.load(x_at + at + i * 32, mask=live[:, None], other=0.0)
             wide = some.to(tl.float32)
@@ -88,6 +90,8 @@ def codes(
             total += factor[:, None] * (product - extra * sums[None, :])
             if OFFSET:
                 total += tl.load(offset_at + group)[:, None] * sums[None, :]
+        words = later
+        later = latest
     deliver(
         total, total, bias, scale, scale, out, part, arrived, m, n, tile, m_tile, split, splits,
         False, False, BIAS, False, SPLIT, BLOCK_M, BLOCK_N,
