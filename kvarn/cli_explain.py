@@ -21,8 +21,8 @@ def print_explanation(found: dict[str, Any], as_json: bool) -> None:
     console = _console()
     _table(console, "Options", ("option", "value", "from", "why"), options)
     for title, key in (
-        ("Parts", "parts"), ("Capabilities", "capabilities"), ("Memory", "memory"),
-        ("Start-up", "startup"),
+        ("Parts", "parts"), ("Capabilities", "capabilities"), ("Ranks", "ranks"),
+        ("Memory", "memory"), ("Start-up", "startup"),
     ):  # fmt: skip
         _rows(console, title, found[key])
 

@@ -12,13 +12,14 @@ from kvarn.core.model import GroupSpec, ModelSpec
 from kvarn.core.part import Cap, Part, find, solve
 from kvarn.core.validate import Limits
 from kvarn.kernels import native
+from kvarn.kernels.collective import ALONE, Collective
 from kvarn.kv.manager import KVManager
 from kvarn.kv.prefix import PrefixIndex
 from kvarn.kv.sizing import bytes_of, pages_by_group, pages_for_bytes
 from kvarn.models.fit import GIB, free_memory
 from kvarn.models.load import Model, load
 from kvarn.models.precision import choose_device
-from kvarn.runner.executor import Runner
+from kvarn.runner.executor import Executor
 from kvarn.runner.factory import RunnerFactory
 from kvarn.runner.grammar import GrammarCompiler
 from kvarn.runner.memory import Ledger
@@ -37,13 +38,14 @@ class Assembly:
 
     model: Model
     control: ControlPlane
-    runner: Runner
+    runner: Executor
     grammars: GrammarCompiler | None
     limits: Limits
     ledger: Ledger
     parts: dict[str, type[Part]]  #: by kind
     capabilities: frozenset[Cap]
     seconds: dict[str, float] = field(default_factory=dict)  #: start-up, by stage
+    ranks: list[dict[str, object]] = field(default_factory=list)  #: what each holds; one: nothing
 
     def explain(self, resolved: Resolved) -> dict[str, Any]:
         """What `kvarn explain` shows."""
@@ -61,6 +63,7 @@ class Assembly:
                 for part in self.parts.values()
             ],
             "capabilities": sorted(cap.name for cap in self.capabilities),
+            "ranks": self.ranks,
             "memory": self.ledger.rows(),
             "startup": [
                 {"stage": stage, "seconds": round(seconds, 3)}
@@ -69,8 +72,11 @@ class Assembly:
         }
 
 
-def assemble(resolved: Resolved) -> Assembly:
-    """Build every part of an engine; errors come before anything large is allocated."""
+def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
+    """Build every part of an engine; errors come before anything large is allocated.
+
+    In a group of ranks every rank does this, in the same order.
+    """
     config = resolved.config
     began = time.perf_counter()
     here = DEVICE_CAPS[choose_device(resolved).type]
@@ -79,10 +85,10 @@ def assemble(resolved: Resolved) -> Assembly:
     capabilities = solve(
         list(parts.values()), base={Cap.PAGED_KV, Cap.TABLE_GROUPS, Cap.WINDOW_HOLES, here}
     )
-    model = load(resolved)
+    model = load(resolved, group=group)
     spec, device = model.spec, model.device
     seconds = {"kernels": compiled, **model.seconds}
-    groups = spec.groups()
+    groups = model.decoder.spec.groups()
     captured = device.type == "cuda" and Cap.CAPTURE in parts["attention"].gives
     _choose_step(resolved, device, captured)
     _choose_threads(resolved)
@@ -222,7 +228,8 @@ def _choose_pages(
     """
     config, spec = resolved.config, model.spec
     size = config.page_size
-    free, total = free_memory(model.device)
+    ranks = model.decoder.group
+    free, total = free_memory(model.device, ranks.ranks)
     longest = config.max_len or spec.max_len
     # more than this could never be used
     useful = config.max_seqs * (-(-longest // size) + 1)
@@ -230,6 +237,7 @@ def _choose_pages(
         given = config.kv_memory > 0
         bytes_ = config.kv_memory * GIB if given else _kv_share(model.device, free - workspace)
         pages = pages_for_bytes(groups, bytes_, size, wide, config.budget, config.max_seqs, useful)
+        pages = ranks.least(pages)
         source = "derived" if given else "measured"
         why = f"{bytes_ / GIB:.2f} GiB for KV" + ("" if given else f" of {free / GIB:.2f} GiB free")
         resolved.choose("pages", pages, source, why)

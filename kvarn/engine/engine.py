@@ -14,13 +14,14 @@ from torch.cuda import empty_cache
 
 from kvarn.core.bad_words import encode_bad_words
 from kvarn.core.config import Resolved
-from kvarn.core.errors import RequestError
+from kvarn.core.errors import EngineDied, RequestError
 from kvarn.core.output import EngineStats, Output, Timings
 from kvarn.core.plan import SpanResult, StepPlan, StepResult, TokenLogprobs
 from kvarn.core.request import Request
 from kvarn.core.seq import Seq
 from kvarn.core.validate import validate
 from kvarn.engine.assemble import Assembly, assemble
+from kvarn.engine.ranks import on_ranks
 from kvarn.engine.text import TextTap
 from kvarn.runner.executor import Pending
 from kvarn.schedule.control import Progress
@@ -33,7 +34,7 @@ class Engine:
 
     def __init__(self, resolved: Resolved, clock: Callable[[], float] = time.monotonic) -> None:
         """Load the model and lay out memory (seconds). Nothing is global: make as many as fit."""
-        parts: Assembly = assemble(resolved)
+        parts: Assembly = assemble(resolved) if resolved.config.tp == 1 else on_ranks(resolved)
         self.resolved = resolved
         self.assembly = parts
         self.spec = parts.model.spec
@@ -149,8 +150,11 @@ class Engine:
     def _broken(self, plans: list[StepPlan], error: Exception) -> list[Output]:
         """The steps raised: their sequences end with the error, everything else goes on.
 
-        Where the device was out of memory they are computed again in smaller steps instead.
+        Where the device was out of memory they are computed again in smaller steps instead; where
+        a rank is lost, everything ends.
         """
+        if isinstance(error, EngineDied):
+            raise error
         now = self.clock()
         if isinstance(error, OutOfMemoryError):
             ended = self.control.retreat(plans, now)

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from kvarn.core.errors import ConfigError
 from kvarn.core.model import ModelSpec
-from kvarn.kernels.linear.stored import Stored
+from kvarn.kernels.linear.stored import Affine, Float8, Stored
 from kvarn.models.weights import Part
 
-WIDEST_UNIT = 32  #: neurons that stay together where the width allows: a block of quantised files
+WIDEST_UNIT = 128  #: neurons that stay together where the width allows: a quantised group
 UNITS_A_RANK = 4  #: at least, so that no share is more than a quarter above another
 
 #: matrices by what their outputs (rows) or inputs (columns) are
@@ -59,27 +59,22 @@ def split(n: int, shares: int, unit: int = 1) -> list[range]:
     return [range(a, b) for a, b in zip([0, *ends], ends)]
 
 
-def holding(spec: ModelSpec, rank: int, ranks: int, group: int = 1) -> Holding:
-    """What `rank` of `ranks` holds; `group` inputs of a quantised matrix share a scale.
-
-    `ConfigError` where a rank would be left without a query head or neurons.
-    """
+def holding(spec: ModelSpec, rank: int, ranks: int) -> Holding:
+    """What `rank` of `ranks` holds; `ConfigError` where one would be left without a query head."""
     if ranks > spec.n_heads:
         raise ConfigError(
             f"tp={ranks} is more than the {spec.n_heads} query heads of {spec.name}; "
             f"tp={spec.n_heads} is the most"
         )
     q_heads, kv_heads = _heads(spec, rank, ranks)
-    unit = group if group > 1 else _unit(spec.ffn, ranks)
-    if spec.ffn // unit < ranks or spec.ffn % unit:
-        raise ConfigError(
-            f"tp={ranks} cannot cut the {spec.ffn} neurons of {spec.name} into quantised groups of "
-            f"{unit}; tp={max(1, spec.ffn // unit) if spec.ffn % unit == 0 else 1} is the most"
-        )
     return Holding(
-        rank, ranks, q_heads, kv_heads, split(spec.ffn, ranks, unit)[rank],
-        split(spec.vocab, ranks)[rank],
-    )  # fmt: skip
+        rank=rank,
+        ranks=ranks,
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        ffn=split(spec.ffn, ranks, _unit(spec.ffn, ranks))[rank],
+        vocab=split(spec.vocab, ranks)[rank],
+    )
 
 
 def widths(vocab: int, ranks: int) -> list[int]:
@@ -164,10 +159,32 @@ class ShardedWeights:
         """See `Weights.read`. A bias that follows a sum over the ranks is added by the first."""
         if name == "embed_tokens.weight":  # to look tokens up in: whole
             return self.source.read(name, shape)
-        x = self.source.read(name, shape, part_of(name, shape, self.spec, self.mine))
+        x = _own(self.source.read(name, shape, part_of(name, shape, self.spec, self.mine)))
         summed = name.endswith(".bias") and name.split(".")[-2] in COLUMNS
         return torch.zeros_like(x) if summed and self.mine.rank else x
 
     def stored(self, name: str, shape: tuple[int, ...]) -> Stored:
         """See `Weights.stored`; the embedding is asked for as the output matrix."""
-        return self.source.stored(name, shape, part_of(name, shape, self.spec, self.mine))
+        part = part_of(name, shape, self.spec, self.mine)
+        try:
+            found = self.source.stored(name, shape, part)
+        except ValueError as error:
+            raise ConfigError(
+                f"tp={self.mine.ranks} cannot cut {name} between quantised groups: {error}; use "
+                f"fewer ranks or an unquantised checkpoint"
+            ) from None
+        if isinstance(found, Tensor):
+            return _own(found)
+        if isinstance(found, Float8):
+            return Float8(_own(found.codes), _own(found.scale))
+        offset = None if found.offset is None else _own(found.offset)
+        return Affine(_own(found.codes), _own(found.scale), offset, found.bits, found.group)
+
+
+def _own(x: Tensor) -> Tensor:
+    """Contiguous, and no view that would keep the whole tensor in memory."""
+    return (
+        x
+        if x.untyped_storage().nbytes() == x.nbytes
+        else x.clone(memory_format=torch.contiguous_format)
+    )

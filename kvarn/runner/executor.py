@@ -44,6 +44,10 @@ class Executor(Protocol):
         """Start a step; steps run in the order of their launches."""
         ...
 
+    def close(self) -> None:
+        """Let go of threads and processes."""
+        ...
+
 
 class Runner:
     """One model, its KV pool and its sampler on one device.

@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection, Pipe, wait
 from socket import socketpair
 from typing import Any
 
@@ -143,7 +143,8 @@ class Ranks:
         self.ready: list[Ready] = []
         self._failures = _Failures()
         self._news = threading.Condition()
-        self._closing = False
+        self._watcher = threading.Thread(target=self._watch, name="kvarn-ranks", daemon=True)
+        self._stop_watching, self._stopped = Pipe()
 
     def connect(self, by_rank: list[Resolved], device: torch.device) -> Group:
         """Tell every rank its options and meet them; blocks until all are there."""
@@ -157,7 +158,7 @@ class Ranks:
         """Until every rank has built its runner; from then on they are watched."""
         for worker in self.workers:
             self.ready.append(self._answer(worker))
-        threading.Thread(target=self._watch, name="kvarn-ranks", daemon=True).start()
+        self._watcher.start()
 
     def _answer(self, worker: Worker) -> Ready:
         try:
@@ -209,7 +210,9 @@ class Ranks:
         astray = [broke for broke in others.values() if broke.calls != calls]
         if silent:
             names = ", ".join(map(str, silent))
-            self._give_up(f"step {step} failed on rank 0 ({error}), but rank {names} did not say so")
+            self._give_up(
+                f"step {step} failed on rank 0 ({error}), but rank {names} did not say so"
+            )
         elif astray:
             self._give_up(f"the ranks fell apart at step {step}: {error}; {astray[0].text}")
         self.check()
@@ -217,23 +220,21 @@ class Ranks:
     def _watch(self) -> None:
         """Read what ranks say of failed steps; see when one ends. Sleeps while all is well."""
         links = {worker.link: worker for worker in self.workers}
-        while not self._failures.fatal and not self._closing:
+        while not self._failures.fatal:
             late = [t for step, t in self._failures.since.items() if step not in self._failures.own]
             pause = max(0.0, min(late) + GRACE - time.monotonic()) if late else None
-            try:
-                news: list[Any] = wait(list(links), pause)
-                for link in news:
-                    self._hear(links[link])
-            except OSError:
-                return  # closed here, in the meantime
+            news: list[Any] = wait([*links, self._stopped], pause)
+            if self._stopped in news:
+                return
+            for link in news:
+                self._hear(links[link])
             self._find_loners()
 
     def _hear(self, worker: Worker) -> None:
         try:
             broke = worker.link.recv()
-        except EOFError:
-            if not self._closing:
-                self._give_up(f"rank {worker.rank} {_fate(worker)}")
+        except (EOFError, OSError):
+            self._give_up(f"rank {worker.rank} {_fate(worker)}")
             return
         if isinstance(broke, Broke):
             with self._news:
@@ -263,10 +264,15 @@ class Ranks:
             self.group.close()
 
     def close(self) -> None:
-        """End every rank."""
-        self._closing = True
+        """End every rank; at once where the start has failed."""
+        started = len(self.ready) == len(self.workers)
+        if self._watcher.is_alive():
+            self._stop_watching.send(None)
+            self._watcher.join()
         for worker in self.workers:
-            if not self._failures.fatal:
+            if not started:
+                worker.kill()
+            elif not self._failures.fatal:
                 try:
                     worker.link.send(Stop())
                 except OSError:
@@ -274,6 +280,8 @@ class Ranks:
             worker.end()
         if self.group is not None:
             self.group.close()
+        self._stop_watching.close()
+        self._stopped.close()
 
 
 def _fate(worker: Worker) -> str:
