@@ -100,19 +100,27 @@ def _produce(
 
 
 @gluon.jit
-def _clear_beyond(tile, rest, nth, PAGE: gl.constexpr, DIM: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Zero the rows of page `nth` of a tile of values from `rest` on: they may hold anything."""
+def _clear_beyond(
+    tile, rest, nth, cleared, turn, half: gl.constexpr, PAGE: gl.constexpr, DIM: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """Zero the rows of page `nth` of a tile of values from `rest` on: they may hold anything.
+
+    Each of the two groups clears its half of the page and waits for the other's, for the `turn`-th
+    time.
+    """
+    COUNT: gl.constexpr = BLOCK_N // PAGE
+    SHARE: gl.constexpr = PAGE // 2
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    row = gl.arange(0, PAGE, layout=gl.SliceLayout(1, layout))
-    pieces = tile._reinterpret(
-        tile.dtype, [DIM // COLUMNS * (BLOCK_N // PAGE), PAGE, COLUMNS], tile.layout
-    )
+    row = half * SHARE + gl.arange(0, SHARE, layout=gl.SliceLayout(1, layout))
+    pieces = tile._reinterpret(tile.dtype, [DIM // COLUMNS * COUNT, PAGE, COLUMNS], tile.layout)
     for part in gl.static_range(DIM // COLUMNS):
-        piece = pieces.index(part * (BLOCK_N // PAGE) + nth)
+        piece = pieces.index(part * COUNT + nth).slice(half * SHARE, SHARE)
         values = piece.load(layout)
         piece.store(gl.where((row < rest)[:, None], values, 0.0).to(tile.dtype))
     fence_async_shared()
-    gl.thread_barrier()
+    mbarrier.arrive(cleared)
+    mbarrier.wait(cleared, turn & 1)
 
 
 @gluon.jit
@@ -197,10 +205,10 @@ def _load_queries(
 
 @gluon.jit
 def _attend(
-    queries, k_tiles, v_tiles, k_full, k_free, v_full, v_free, count, n, start, low, high, scale,
-    cap, GROUP: gl.constexpr, DIM: gl.constexpr, PAGE: gl.constexpr, WINDOW: gl.constexpr,
-    CAPPED: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, half: gl.constexpr,
-    layout: gl.constexpr, sums: gl.constexpr, operand: gl.constexpr,
+    queries, k_tiles, v_tiles, k_full, k_free, v_full, v_free, cleared, turn, count, n, start, low,
+    high, scale, cap, GROUP: gl.constexpr, DIM: gl.constexpr, PAGE: gl.constexpr,
+    WINDOW: gl.constexpr, CAPPED: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    half: gl.constexpr, layout: gl.constexpr, sums: gl.constexpr, operand: gl.constexpr,
 ):  # fmt: skip
     """Rows 64 * half on of a tile of at least one block: peak, total, out."""
     m = half * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
@@ -249,7 +257,9 @@ def _attend(
     mbarrier.wait(v_full.index(stage), (count + blocks - 1) // STAGES & 1)
     if high % PAGE != 0:
         nth = (high - low - (blocks - 1) * BLOCK_N) // PAGE
-        _clear_beyond(v_tiles.index(stage), high % PAGE, nth, PAGE, DIM, BLOCK_N)
+        _clear_beyond(
+            v_tiles.index(stage), high % PAGE, nth, cleared, turn, half, PAGE, DIM, BLOCK_N
+        )
     out = warpgroup_mma(weights, v_tiles.index(stage), out, is_async=True)
     out = warpgroup_mma_wait(0, [out])
     mbarrier.arrive(v_free.index(stage))
@@ -291,7 +301,7 @@ def _store(
 @gluon.jit
 def _consume(
     q, items, n_items, inner, rounds, o, lse, part_o, part_lse, q_tiles, k_tiles, v_tiles,
-    k_full, k_free, v_full, v_free, q_row, q_head, scale, cap, KV_HEADS: gl.constexpr,
+    k_full, k_free, v_full, v_free, cleared, q_row, q_head, scale, cap, KV_HEADS: gl.constexpr,
     GROUP: gl.constexpr, DIM: gl.constexpr, PAGE: gl.constexpr, WINDOW: gl.constexpr,
     CAPPED: gl.constexpr, LSE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     half: gl.constexpr,
@@ -302,6 +312,7 @@ def _consume(
     operand: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
     queries = q_tiles.index(half)
     count = 0
+    turn = 0
     head, row, n, start, _at, _base, low, high, part = _tile(items, 0, n_items, inner, KV_HEADS)
     queries.store(_load_queries(q, row, n, head, q_row, q_head, half, GROUP, DIM))
     fence_async_shared()
@@ -316,11 +327,12 @@ def _consume(
         out = gl.zeros([ROWS, DIM], gl.float32, sums)
         if high > low:
             peak, total, out = _attend(
-                queries, k_tiles, v_tiles, k_full, k_free, v_full, v_free, count, n, start, low,
-                high, scale, cap, GROUP, DIM, PAGE, WINDOW, CAPPED, BLOCK_N, STAGES, half,
-                layout, sums, operand,
+                queries, k_tiles, v_tiles, k_full, k_free, v_full, v_free, cleared, turn, count, n,
+                start, low, high, scale, cap, GROUP, DIM, PAGE, WINDOW, CAPPED, BLOCK_N, STAGES,
+                half, layout, sums, operand,
             )  # fmt: skip
             count += (high - low + BLOCK_N - 1) // BLOCK_N
+            turn += gl.where(high % PAGE != 0, 1, 0)
         coming = _load_queries(q, next_row, next_n, next_head, q_row, q_head, half, GROUP, DIM)
         _store(
             o, lse, part_o, part_lse, peak, total, out, row, n, head, part,
@@ -356,6 +368,8 @@ def attend_hopper(
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    cleared = gl.allocate_shared_memory(gl.int64, [1], bar)
+    mbarrier.init(cleared, count=2)
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(k_free.index(stage), count=2)
@@ -368,12 +382,12 @@ def attend_hopper(
         [
             (_consume, (
                 q, items, n_items, inner, rounds, o, lse, part_o, part_lse, q_tiles, k_tiles,
-                v_tiles, k_full, k_free, v_full, v_free, q_row, q_head, scale, cap,
+                v_tiles, k_full, k_free, v_full, v_free, cleared, q_row, q_head, scale, cap,
                 KV_HEADS, GROUP, DIM, PAGE, WINDOW, CAPPED, LSE, BLOCK_N, STAGES, 0,
             )),
             (_consume, (
                 q, items, n_items, inner, rounds, o, lse, part_o, part_lse, q_tiles, k_tiles,
-                v_tiles, k_full, k_free, v_full, v_free, q_row, q_head, scale, cap,
+                v_tiles, k_full, k_free, v_full, v_free, cleared, q_row, q_head, scale, cap,
                 KV_HEADS, GROUP, DIM, PAGE, WINDOW, CAPPED, LSE, BLOCK_N, STAGES, 1,
             )),
             (_produce, (
@@ -391,7 +405,7 @@ def fits(cache: Tensor, q: Tensor) -> bool:
     if triton.knobs.runtime.interpret or cache.dtype != q.dtype or not cache.is_cuda:
         return False
     _, kv_heads, _, page, dim = cache.shape
-    shapes = dim in (64, 128) and 8 <= page <= 64 and q.shape[1] // kv_heads <= ROWS.value
+    shapes = dim in (64, 128) and 16 <= page <= 64 and q.shape[1] // kv_heads <= ROWS.value
     kinds = q.dtype in (torch.bfloat16, torch.float16)
     return shapes and kinds and torch.cuda.get_device_capability(q.device) == (9, 0)
 
