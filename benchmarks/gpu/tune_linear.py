@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from kvarn.kernels.linear.tiles import Tile
 from kvarn.kernels.triton.gated import gated
-from kvarn.kernels.triton.launch import Matrix, Tile, multiply
+from kvarn.kernels.triton.launch import Matrix, multiply
 
 #: (hidden, ffn, q heads, kv heads, head dim, vocab)
 MODELS = {

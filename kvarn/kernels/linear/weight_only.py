@@ -13,7 +13,8 @@ FEW = 64  #: rows up to which weights are expanded in registers
 class WeightOnly(Linear):
     """Few rows expand the weights in registers; many expand the matrix, then multiply densely.
 
-    Activations stay as they are; other than bf16 they take the dense way. Needs K to be a multiple of 128 and groups of a multiple of 32.
+    Activations stay as they are; other than bf16 they take the dense way. Needs K to be a multiple
+    of 128 and groups of a multiple of 32.
     """
 
     mode = "weight_only"

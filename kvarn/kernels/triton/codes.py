@@ -1,9 +1,9 @@
 """y = x W^T + b for few rows x and weights in 4 or 8 bits, expanded in registers.
 
-Weights come as 16-bit words. A nibble becomes a bf16 number by setting the bits of 128 above it: one
-instruction for two weights; what that adds is taken off again with the sum of the inputs. Eight bits
-are two nibbles of the same input, the upper one worth sixteen times as much. Every 32 inputs have
-one scale, applied to their fp32 sum.
+Weights come as 16-bit words. A nibble becomes a bf16 number by setting the bits of 128 above it:
+one instruction for two weights; what that adds is taken off again with the sum of the inputs.
+Eight bits are two nibbles of the same input, the upper one worth sixteen times as much. Every 32
+inputs have one scale, applied to their fp32 sum.
 
 Word e of a run of 32 holds the inputs e and, 4 bits: e + 32, e + 64, e + 96; 8 bits: e + 32.
 """

@@ -39,7 +39,7 @@ def multiply(
     x_scale: Tensor | None = None,
     gate: Literal["silu", "gelu_tanh"] | None = None,
 ) -> Tensor:
-    """x [M, K] (last dimension packed) times the matrix -> [M, N] in `dtype`.
+    """x [M, K] times the matrix -> [M, N] in `dtype`.
 
     With `gate` the matrix is [gate; up] and the result act(gate) * up, [M, N / 2].
     """
@@ -49,6 +49,7 @@ def multiply(
     out = torch.empty((m, n), dtype=dtype, device=x.device)
     if m == 0:
         return out
+    x = x if x.stride(1) == 1 else x.contiguous()
     flags = (gated, gate == "gelu_tanh", matrix.bias is not None)
     # the interpreter on CPU tensors knows neither dependent launches nor descriptors of the GPU
     pdl = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
