@@ -50,6 +50,12 @@ class NativeCodes(Linear):
 
     def __init__(self, weight: Affine, bias: Tensor | None) -> None:
         super().__init__(weight, bias)
+        if not self.takes(weight):
+            raise ConfigError(
+                f"linear mode 'codes' takes int4 and int8 on the CPU in groups of a multiple of "
+                f"{GROUP} inputs, by compiled kernels ({native.reason()}), not {weight.describe()} "
+                f"on {weight.codes.device}; its dense() can be multiplied by"
+            )
         self.wide_bias = None if bias is None else bias.float()
         library = native.library()
         assert library is not None

@@ -13,6 +13,7 @@ template <class T, class U>
 void run_quantised(const Codes& w, const T* x, int64_t t, int64_t x_stride, const Quantised& space,
                    const float* bias, U* y) {
     const int64_t panels = (w.n + PANEL - 1) / PANEL, chunks = (t + CHUNK - 1) / CHUNK;
+    if (t == 0) return;
     quantise(x, t, w.k, x_stride, space);
 #pragma omp parallel for schedule(static) collapse(2) if (w.n * w.k * t > 30000)
     for (int64_t chunk = 0; chunk < chunks; chunk++)

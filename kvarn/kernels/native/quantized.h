@@ -65,8 +65,8 @@ inline void quantise_group(Floats a, Floats b, int8_t* codes, float* scale, floa
     const float top = largest(larger((Floats)((Words)a & magnitude), (Floats)((Words)b & magnitude)));
     const float step = top / 127.0f, inverse = top > 0 ? 127.0f / top : 0.0f;
     const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-    const Ints low = (Ints)(a * inverse + magic) - (Ints)magic;
-    const Ints high = (Ints)(b * inverse + magic) - (Ints)magic;
+    const Ints low = (Ints)fma(a, splat(inverse), magic) - (Ints)magic;
+    const Ints high = (Ints)fma(b, splat(inverse), magic) - (Ints)magic;
     store(codes, __builtin_convertvector(low, Bytes));
     store(codes + 16, __builtin_convertvector(high, Bytes));
     const float added = sum(to_float(low + high));
