@@ -123,6 +123,10 @@ class CompressedTensors:
         n, k = shape
         if not self.packed:
             return files.tensor(name, shape, ("I8",)).view(torch.uint8) ^ 128
+        about = name.removesuffix("packed") + "shape"
+        said = files.tensor(about, (2,), ("I32", "I64")).tolist()
+        if said != [n, k]:
+            raise files.broken(about, f"says {said}, expected {[n, k]}")
         words = files.tensor(name, (n, -(-k * bits // 32)), ("I32",))
         return unpack(words, bits)[:, :k]
 
