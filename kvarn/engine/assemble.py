@@ -161,6 +161,8 @@ def _choose_parts(resolved: Resolved, here: Cap) -> dict[str, Any]:
 
 def _best_attention(deterministic: bool, here: Cap) -> tuple[str, str, str]:
     """Name, source and reason of the attention backend, where the user left it to us."""
+    if here is Cap.CUDA_DEVICE and deterministic:
+        return "triton-invariant", "derived", "the same bits in any batch, on the GPU"
     if here is Cap.CUDA_DEVICE:
         return "triton", "device", "reads pages in place on the GPU"
     if native.available():

@@ -12,7 +12,6 @@ from torch.nn.functional import embedding
 
 from kvarn.core.model import ModelSpec
 from kvarn.kernels import rope
-from kvarn.kernels.activation import gated
 from kvarn.kernels.attention import Rotary
 from kvarn.kernels.attention.paged import PagedAttend
 from kvarn.kernels.collective import ALONE, Collective
@@ -155,7 +154,7 @@ class Decoder:
     def _mlp(self, i: int, layer: Layer, h: Tensor, tap: Tap | None) -> Tensor:
         if tap is not None:
             h = tap("mlp_norm", i, h)
-        act = gated(layer.gate_up(h), self.spec.activation)
+        act = layer.gate_up.gated(h, self.spec.activation)
         if tap is not None:
             act = tap("mlp_act", i, act)
         out = layer.down(act)

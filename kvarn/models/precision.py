@@ -126,7 +126,9 @@ def linear_mode(
         return "native"  # fastest, and batch-invariant as it is
     if config.deterministic:
         return "invariant"
-    return _cpu_form(dtype) if device.type == "cpu" else "plain"
+    if device.type == "cuda":
+        return "small_m" if dtype.itemsize == 2 else "plain"
+    return _cpu_form(dtype)
 
 
 def _compiled(dtype: torch.dtype) -> bool:
