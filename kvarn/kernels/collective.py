@@ -12,9 +12,14 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOptions
+from torch._C._distributed_c10d import (
+    AllgatherOptions,
+    AllreduceOptions,
+    ProcessGroupGloo,
+    Store,
+    TCPStore,
+)
 from torch.nn.functional import pad
 
 from kvarn.kernels.linear.base import Linear
@@ -23,7 +28,7 @@ LOOPBACK = "127.0.0.1"
 
 
 class Collective:
-    """Ranks that compute one model together; this one is the only one, and everything is a no-op."""
+    """Ranks that compute one model together; this is the only one, and everything a no-op."""
 
     rank, ranks = 0, 1
     calls = 0  #: collectives begun so far: ranks that are in step have the same number
@@ -93,35 +98,40 @@ class Group(Collective):
         _wait(self.backend._allgather_base(out, x.contiguous(), options))
         return out
 
+    def limit(self, seconds: float) -> None:
+        """From now on, whoever keeps the others waiting for longer is lost."""
+        self.backend._set_default_timeout(timedelta(seconds=seconds))
+
     def close(self) -> None:
         """Close every connection; whoever still waits for this rank fails at once."""
         self.backend.abort()
 
 
 def _wait(work: Any) -> None:
-    """On a GPU the stream waits, not the host; a synchronous operation may have nothing to wait for."""
+    """On a GPU the stream waits, not the host; there may be nothing to wait for."""
     if work is not None:
         work.wait()
 
 
-def open_store(ranks: int, port: int = 0) -> dist.TCPStore:
+def open_store(ranks: int, port: int = 0) -> TCPStore:
     """Where ranks meet; port 0: be the host, on a free port (`store.port`)."""
-    return dist.TCPStore(LOOPBACK, port, ranks, is_master=port == 0, wait_for_workers=False)
+    return TCPStore(LOOPBACK, port, ranks, is_master=port == 0, wait_for_workers=False)
 
 
-def make_group(
-    store: dist.Store, rank: int, ranks: int, device: torch.device, limit: float
-) -> Group:
-    """Join the others (blocks until all are there); who keeps others waiting for `limit` [s] is lost."""
+def make_group(store: Store, rank: int, ranks: int, device: torch.device, limit: float) -> Group:
+    """Join the others; `limit` [s] holds for this and for every wait, until `Group.limit`."""
     patience = timedelta(seconds=limit)
     if device.type == "cuda":
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = patience
-        return Group(dist.ProcessGroupNCCL(store, rank, ranks, options), device)
-    options = dist.ProcessGroupGloo._Options()
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=LOOPBACK)]
+        from torch._C._distributed_c10d import ProcessGroupNCCL  # builds for GPUs alone have it
+
+        torch.cuda.set_device(device)
+        nccl: Any = ProcessGroupNCCL.Options()
+        nccl._timeout = patience
+        return Group(ProcessGroupNCCL(store, rank, ranks, nccl), device)
+    options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._devices = [ProcessGroupGloo.create_device(hostname=LOOPBACK)]
     options._timeout = patience
-    return Group(dist.ProcessGroupGloo(store, rank, ranks, options), device)
+    return Group(ProcessGroupGloo(store, rank, ranks, options), device)
 
 
 class Summed(Linear):

@@ -1,8 +1,8 @@
 """Tensor parallelism: which rank holds which heads, neurons and rows of the vocabulary.
 
-Megatron's layout (arXiv 1909.08053, section 3): q, k, v, gate and up are cut by outputs, the matrices
-that follow them by inputs, so that a layer needs two sums over the ranks. KV heads stay with their
-query heads; uneven shares are allowed. The embedding is whole on every rank (a lookup is then no
+Megatron's layout (arXiv 1909.08053, section 3): q, k, v, gate and up are cut by outputs, the
+matrices after them by inputs, so that a layer needs two sums over the ranks. KV heads stay with
+their query heads; uneven shares are allowed. The embedding is whole on every rank (a lookup is then no
 collective; it costs vocab x hidden a rank), the output matrix is cut by vocabulary.
 """
 
