@@ -10,7 +10,6 @@ than the L2 cache holds; times are medians per layer.
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ import numpy as np
 import torch
 
 from kvarn.kernels.attention import PagedRows, layout
-from kvarn.kernels.attention.layout import Heads, Layout, lay_out
 from kvarn.kernels.attention.triton import TritonAttention
 from kvarn.kernels.attention.triton_plan import TritonPlan, attend_all
 
@@ -57,15 +55,13 @@ class Bench:
         for cache in self.caches:
             cache.normal_()
 
-    def time(
-        self, rows: PagedRows, lay: Callable[[PagedRows, Heads], Layout] = lay_out
-    ) -> tuple[float, torch.Tensor]:
+    def time(self, rows: PagedRows) -> tuple[float, torch.Tensor]:
         """Microseconds a layer, and o of the first."""
         q = torch.randn(
             len(rows.slots), HEADS, DIM, dtype=torch.bfloat16, device="cuda",
             generator=torch.Generator("cuda").manual_seed(0),
         )  # fmt: skip
-        plan = TritonPlan(rows, False, self.backend.multiprocessors, lay)
+        plan = TritonPlan(rows, False, self.backend.multiprocessors)
         there = plan._ready(HEADS, KV_HEADS, DIM, q)
         first = attend_all(rows, there, self.caches[0], q, False)[0]
         graph = torch.cuda.CUDAGraph()

@@ -40,7 +40,7 @@ def shared_tiling(dim: int, wide: int, group: int) -> Tiling:
         return Tiling(max(32, least), 32, 4, 2)
     if dim > 128:
         return Tiling(max(64, least), 32, 4, 2)
-    return Tiling(max(64, least), 64, 4, 3)
+    return Tiling(max(128, least), 64, 8, 3)
 
 
 def power_of_two(n: int) -> int:

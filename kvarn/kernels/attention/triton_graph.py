@@ -16,7 +16,7 @@ from kvarn.core.errors import ConfigError
 from kvarn.kernels.attention import PagedRows
 from kvarn.kernels.attention.layout import Heads, is_split, lay_out_small, paying
 from kvarn.kernels.attention.tiles import PART, Cut, Work
-from kvarn.kernels.attention.triton_plan import OnDevice, TritonPlan
+from kvarn.kernels.attention.triton_plan import OnDevice, Round, TritonPlan
 
 Key = tuple[int, bool, bool]
 Arrays = Mapping[str, NDArray[np.int32]]
@@ -67,10 +67,9 @@ class GraphTritonPlan(TritonPlan):
         launches = [(self.tiling, arrays["items"].view(-1, 8))]
         if self.shared:
             launches.insert(0, (self.wide, arrays["shared"].view(-1, 8)))
-        self.there = OnDevice(
-            arrays["slots"], table, launches, arrays["merges"].view(-1, 3), arrays["entries"],
-            self.n_slots,
-        )  # fmt: skip
+        merges = arrays["merges"].view(-1, 3)
+        once = Round(launches, merges, arrays["entries"], self.n_slots)
+        self.there = OnDevice(arrays["slots"], table, [once])
 
     def fill(self, rows: PagedRows, arrays: Arrays) -> None:
         """See `GraphPlan`."""

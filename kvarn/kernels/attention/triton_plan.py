@@ -5,7 +5,7 @@ copies them to the device in one transfer that the host does not wait for; every
 then uses them. A graph plan has its items in arrays of fixed size instead.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -21,31 +21,31 @@ LOG2E = 1.4426950408889634
 
 
 @dataclass(slots=True)
-class OnDevice:
-    """A step's work as int32 arrays on the device; see `tiles` for what is in them."""
+class Round:
+    """Launches and the merge after them, as int32 arrays on the device; see `tiles`."""
 
-    slots: Tensor  #: [T] where K and V of each row go
-    pages: Tensor  #: page ids, flat
     launches: list[tuple[Tiling, Tensor]]  #: items [n, 8]
     merges: Tensor  #: [m, 3]
     entries: Tensor
     n_slots: int
 
 
+@dataclass(slots=True)
+class OnDevice:
+    """A step's work on the device."""
+
+    slots: Tensor  #: [T] where K and V of each row go
+    pages: Tensor  #: page ids, flat
+    rounds: list[Round]
+
+
 class TritonPlan:
     """One step on one group; laid out on the device by its first layer."""
 
-    def __init__(
-        self,
-        rows: PagedRows,
-        lse: bool,
-        multiprocessors: int,
-        lay: Callable[[PagedRows, Heads], Layout] = lay_out,
-    ) -> None:
+    def __init__(self, rows: PagedRows, lse: bool, multiprocessors: int) -> None:
         self.rows = rows
         self.lse = lse
         self.multiprocessors = multiprocessors
-        self.lay = lay
         self.there: OnDevice | None = None
 
     def run(self, cache: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -62,9 +62,7 @@ class TritonPlan:
             )  # fmt: skip
         return attend_all(self.rows, there, cache, q, self.lse)
 
-    def fused(
-        self, cache: Tensor, qkv: Tensor, rotary: Rotary
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    def fused(self, cache: Tensor, qkv: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor | None]:
         """See `FusedPlan`."""
         from kvarn.kernels.triton.rope_write import rope_write
 
@@ -79,17 +77,26 @@ class TritonPlan:
         """The step on the device and for the kind of number of `like`."""
         if self.there is None:
             shape = Heads(heads, kv_heads, dim, like.element_size(), self.multiprocessors)
-            self.there = self._bring(self.lay(self.rows, shape), like.device)
+            self.there = self._bring(list(self.rounds(shape)), like.device)
         return self.there
 
-    def _bring(self, layout: Layout, device: torch.device) -> OnDevice:
-        rows, work = self.rows, layout.work
-        pages = [] if rows.table is not None else [rows.pages]
-        lists = [rows.slots, work.merges, work.entries, *work.items, *pages]
-        slots, merges, entries, *rest = upload(lists, torch.int32, device)
-        table = rest[-1] if rows.table is None else rows.table
-        launches = list(zip(layout.tilings, rest))
-        return OnDevice(slots, table, launches, merges, entries, work.n_slots)
+    def rounds(self, heads: Heads) -> Iterable[Layout]:
+        """The step's work, laid out on the host."""
+        return [lay_out(self.rows, heads)]
+
+    def _bring(self, layouts: list[Layout], device: torch.device) -> OnDevice:
+        rows = self.rows
+        lists = [rows.slots, rows.pages]
+        for layout in layouts:
+            lists += [layout.work.merges, layout.work.entries, *layout.work.items]
+        slots, pages, *rest = upload(lists, torch.int32, device)
+        found = OnDevice(slots, pages if rows.table is None else rows.table, [])
+        for layout in layouts:
+            (merges, entries), rest = rest[:2], rest[2:]
+            launches = list(zip(layout.tilings, rest))
+            rest = rest[len(launches) :]
+            found.rounds.append(Round(launches, merges, entries, layout.work.n_slots))
+        return found
 
 
 def attend_all(
@@ -103,15 +110,16 @@ def attend_all(
     lse = torch.empty((total, heads), device=device) if want_lse else None
     if not total:
         return o, lse
-    part_o = torch.empty((there.n_slots, heads, dim), device=device)
-    part_lse = torch.empty((there.n_slots, heads), device=device)
-    for tiling, items in there.launches:
-        _attend(rows, tiling, items, there.pages, cache, q, o, lse, part_o, part_lse)
-    if there.n_slots:
-        merge[(len(there.merges), heads)](
-            there.merges, there.entries, part_o, part_lse, o, lse,
-            heads, dim, want_lse, BLOCK_E, power_of_two(dim), num_warps=WARPS,
-        )  # fmt: skip
+    for part in there.rounds:
+        part_o = torch.empty((part.n_slots, heads, dim), device=device)
+        part_lse = torch.empty((part.n_slots, heads), device=device)
+        for tiling, items in part.launches:
+            _attend(rows, tiling, items, there.pages, cache, q, o, lse, part_o, part_lse)
+        if part.n_slots:
+            merge[(len(part.merges), heads)](
+                part.merges, part.entries, part_o, part_lse, o, lse,
+                heads, dim, want_lse, BLOCK_E, power_of_two(dim), num_warps=WARPS,
+            )  # fmt: skip
     return o, lse
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-BLOCK_E, WARPS = 16, 4
+BLOCK_E, WARPS = 4, 1  #: entries folded at a time, warps of a program
 
 
 @triton.jit
