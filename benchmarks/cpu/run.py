@@ -30,6 +30,12 @@ from kvarn.models.pull import cache_folder, pull
 HERE = Path(__file__).resolve().parent
 MODEL = "smollm2-135m"
 VOCAB = 40000
+#: kvarn in the number formats of its weights; int4 takes the shipped Q4_1 codes as they are
+KVARN = [
+    "kvarn-bf16:dtype=bfloat16,quantization=none",
+    "kvarn-int8:dtype=bfloat16,quantization=int8",
+    "kvarn-int4:dtype=bfloat16,quantization=int4",
+]
 #: also measured: what W1 needs until its first token, to know its decode rate
 WORKLOADS = PRESETS | {"prefill-128": Preset(1, 128, 1)}
 
@@ -194,7 +200,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--llama-server", help="llama.cpp's server program")
     parser.add_argument("--json")
     options = parser.parse_args()
-    options.kvarn = options.kvarn or [f"kvarn:dtype={options.dtype}"]
+    options.kvarn = options.kvarn or KVARN
     return options
 
 
@@ -207,6 +213,7 @@ def main() -> int:
         print(f"unknown workloads {unknown}; known: {', '.join(WORKLOADS)}", file=sys.stderr)
         return 2
     running: list[Engine] = []
+    before = os.getloadavg()[0]
     try:
         for engine in engines(options, pull(MODEL)):
             running.append(engine)
@@ -221,7 +228,13 @@ def main() -> int:
         for engine in running:
             engine.stop()
     show(rows, [engine.name for engine in running])
-    said = {"workloads": names, "repeats": options.repeats, "threads": options.threads}
+    said = {
+        "workloads": names,
+        "repeats": options.repeats,
+        "threads": options.threads,
+        "load_before": before,  # runnable processes, 1 minute: what else the machine was doing
+        "load_after": os.getloadavg()[0],
+    }
     about = {e.name: e.about | {"startup_s": e.startup} for e in running}
     result = record.header("cpu_peers", said, about) | {"model_id": MODEL, "results": rows}
     record.write(result, options.json)
