@@ -1,12 +1,12 @@
 """Tensor parallelism: one runner a rank, a process each; every rank is told the same plans.
 
 Rank 0 is the engine's own process. Beside the collectives of the forward pass nothing crosses but
-plans: every rank keeps its own image and draws the same tokens, since sampling is a pure function of
-logits that are the same bits on all ranks.
+plans: every rank keeps its own image and draws the same tokens, since sampling is a pure function
+of logits that are the same bits on all ranks.
 
 When a step fails in the same way everywhere (every rank raised, after the same number of
-collectives), its requests end with the error and the ranks go on. When a rank ends, is silent for too
-long, or fails alone, it cannot be trusted any more: the others are ended, whoever waits for it in a
+collectives), its requests end with the error and the ranks go on. When a rank ends, is silent for
+too long, or fails alone, it cannot be trusted any more: the others are ended, whoever waits for it in a
 collective is set free by that, and `EngineDied` names it.
 """
 
@@ -35,7 +35,8 @@ from kvarn.runner.executor import Executor, Pending
 
 log = logging.getLogger("kvarn.parallel")
 
-LIMIT = 300.0  #: a rank that keeps the others waiting for longer is lost [s]
+MEETING = 1800.0  #: for ranks to load their parts: one may be that much slower than another [s]
+LIMIT = 300.0  #: in a step, a rank that keeps the others waiting for longer is lost [s]
 GRACE = 5.0  #: when a step fails on one rank, the others have this long to fail too [s]
 PATIENCE = 3.0  #: for a rank to end by itself [s]
 #: the module that a rank's process runs
@@ -151,13 +152,15 @@ class Ranks:
         store = open_store(self.count)
         for worker, resolved in zip(self.workers, by_rank[1:]):
             worker.link.send(Start(resolved, worker.rank, store.port, LIMIT))
-        self.group = make_group(store, 0, self.count, device, LIMIT)
+        self.group = make_group(store, 0, self.count, device, MEETING)
         return self.group
 
     def await_ready(self) -> None:
         """Until every rank has built its runner; from then on they are watched."""
         for worker in self.workers:
             self.ready.append(self._answer(worker))
+        assert self.group is not None
+        self.group.limit(LIMIT)
         self._watcher.start()
 
     def _answer(self, worker: Worker) -> Ready:
@@ -195,7 +198,7 @@ class Ranks:
             raise EngineDied(self._failures.fatal)
 
     def settle(self, step: int, error: Exception) -> None:
-        """Step `step` raised here. Returns when it did so on every rank alike, else `EngineDied`."""
+        """A step raised here. Returns when it did so on every rank alike, else `EngineDied`."""
         assert self.group is not None
         calls, failures = self.group.calls, self._failures
         with self._news:
@@ -210,9 +213,7 @@ class Ranks:
         astray = [broke for broke in others.values() if broke.calls != calls]
         if silent:
             names = ", ".join(map(str, silent))
-            self._give_up(
-                f"step {step} failed on rank 0 ({error}), but rank {names} did not say so"
-            )
+            self._give_up(f"step {step} failed on rank 0 ({error}); rank {names} did not say so")
         elif astray:
             self._give_up(f"the ranks fell apart at step {step}: {error}; {astray[0].text}")
         self.check()
@@ -373,9 +374,7 @@ def serve(link: Connection, device_of: Device, build: Build) -> None:
         resolved = start.resolved
         try:
             store = open_store(resolved.config.tp, start.port)
-            group = make_group(
-                store, start.rank, resolved.config.tp, device_of(resolved), start.limit
-            )
+            group = make_group(store, start.rank, resolved.config.tp, device_of(resolved), MEETING)
             runner, ready = build(resolved, group)
         except Exception as error:
             log.debug("rank %d cannot start", start.rank, exc_info=True)
@@ -383,6 +382,7 @@ def serve(link: Connection, device_of: Device, build: Build) -> None:
             link.send(Refused(str(error) if expected else f"{type(error).__name__}: {error}"))
             os._exit(1)
         link.send(ready)
+        group.limit(start.limit)
         _follow(link, runner, group)
         runner.close()
         group.close()

@@ -124,9 +124,7 @@ def test_pages_and_explain_by_rank(tiny_folder: Any) -> None:
 
 
 def test_what_cannot_be_shared_is_refused(tiny_folder: Any) -> None:
-    with pytest.raises(
-        ConfigError, match="tp=5 is more than the 4 query heads .* tp=4 is the most"
-    ):
+    with pytest.raises(ConfigError, match=r"tp=5 is more .* tp=4 is the most"):
         make_engine(tiny_folder("llama"), tp=5)
     with pytest.raises(ConfigError, match="'tp' must be at least 1"):
         make_engine(tiny_folder("llama"), tp=0)
@@ -164,7 +162,7 @@ def test_a_rank_that_fails_alone_is_named(
         raise MemoryError("no room on this rank")
 
     monkeypatch.setattr(engine.assembly.model.decoder.layers[1], "down", broken)
-    with pytest.raises(EngineDied, match="no room on this rank.*rank 1, 2 did not say so"):
+    with pytest.raises(EngineDied, match=r"no room on this rank.*rank 1, 2 did not say so"):
         while engine.has_work:
             engine.step()
     with pytest.raises(EngineDied):
