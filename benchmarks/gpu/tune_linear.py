@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from kvarn.kernels.linear.tiles import Tile
+from kvarn.kernels.linear.tuned import H100
 from kvarn.kernels.triton.gated import gated
 from kvarn.kernels.triton.launch import Matrix, multiply
 
@@ -112,7 +113,7 @@ def build(job: tuple[Tile, bool, torch.dtype]) -> str:
     return ""
 
 
-def build_all(seconds: float) -> None:
+def build_all() -> None:
     """Compile every variant on all cores."""
     jobs: dict[tuple[Tile, bool, torch.dtype], None] = {}
     for shape in shapes():
@@ -219,6 +220,66 @@ def tune(seconds: float) -> dict[Shape, dict[int, Tile | None]]:
     return table
 
 
+def in_chains(table: dict[Shape, dict[int, Tile | None]]) -> None:
+    """For up to 16 rows: choose again among a shape's tiles by the time of a model's whole chain.
+
+    What is fastest back to back with itself is not always so between other matrices, whose
+    programs start while the ones before finish.
+    """
+    for name, (hidden, ffn, q_heads, kv_heads, dim, _) in MODELS.items():
+        keys: list[Shape] = [
+            ((q_heads + 2 * kv_heads) * dim, hidden, False),
+            (hidden, q_heads * dim, False),
+            (ffn, hidden, True),
+            (hidden, ffn, False),
+        ]
+        size = sum(n * k * (2 if gate else 1) for n, k, gate in keys)
+        layers = [
+            [noisy(n * (2 if gate else 1), k) for n, k, gate in keys]
+            for _ in range(max(6, -(-(POOL // 2) // size)))
+        ]
+        for bucket in (1, 8, 16):
+            chosen = {key: table[key][bucket] for key in keys}
+            least = chain_time(layers, chosen, bucket)
+            print(f"{name} M={bucket}: {least:.1f} us a layer", flush=True)
+            for key in keys:
+                for tile in {table[key][most] for most in (1, 8, 16)} - {chosen[key]}:
+                    if tile is not None and tile.block_m < bucket:
+                        continue
+                    taken = chain_time(layers, chosen | {key: tile}, bucket)
+                    if taken < 0.995 * least:
+                        least, chosen = taken, chosen | {key: tile}
+            print(f"{name} M={bucket}: {least:.1f} us a layer, {chosen}", flush=True)
+            for key, tile in chosen.items():
+                table[key][bucket] = tile
+
+
+def noisy(n: int, k: int) -> Matrix:
+    """A random matrix on the device."""
+    weight = torch.empty(n, k, dtype=torch.bfloat16, device="cuda").normal_(0, 0.02)
+    return Matrix.of(weight, None)
+
+
+def chain_time(layers: list[list[Matrix]], tiles_of: dict[Shape, Tile | None], rows: int) -> float:
+    """Time of a layer's four products."""
+    width = layers[0][0].weight.shape[1]
+    x = torch.randn(rows, width, dtype=torch.bfloat16, device="cuda")
+
+    def run() -> None:
+        h = x
+        for layer in layers:
+            for matrix, (key, tile) in zip(layer, tiles_of.items()):
+                h = h[:, : key[1]]
+                gate: Any = "silu" if key[2] else None
+                if tile is not None:
+                    h = multiply(h, matrix, tile, dtype=x.dtype, gate=gate)
+                else:
+                    h = linear(h, matrix.weight)
+                    h = gated(h, False) if gate else h
+
+    return microseconds([run]) / len(layers)
+
+
 def written(table: dict[Shape, dict[int, Tile | None]]) -> str:
     """The table as a Python file."""
     lines = [
@@ -241,9 +302,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=300.0, help="time for the timings [s]")
+    parser.add_argument("--refine", action="store_true", help="only choose again in chains")
     options = parser.parse_args()
-    build_all(options.seconds)
-    options.out.write_text(written(tune(options.seconds)))
+    if options.refine:
+        table = {
+            shape: {most: None if entry is None else Tile(*entry) for most, entry in found.items()}  # type: ignore[arg-type]
+            for shape, found in H100.items()
+        }
+    else:
+        build_all()
+        table = tune(options.seconds)
+    in_chains(table)
+    options.out.write_text(written(table))
 
 
 if __name__ == "__main__":

@@ -35,12 +35,13 @@ def _numbers(words, NIBBLE: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit(do_not_specialize=["m", "splits", "ahead"])
 def codes(
-    x, w, scale, offset, bias, out, part, arrived, m, n, k, x_row, span, splits, ahead,
+    x, sums_of_x, w, scale, offset, bias, out, part, arrived, m, n, k, x_row, span, splits, ahead,
     BITS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
-    """x [M, K] bf16, w int16 [N, K * BITS / 16], scale and offset fp32 [N, K / GROUP] -> [M, N].
+    """x [M, K] bf16, sums_of_x fp32 [M, K / 32], w int16 [N, K * BITS / 16], scale and offset fp32
+    [N, K / GROUP] -> [M, N].
 
     GROUP 0: one scale a row. span: inputs of a program, a multiple of 128 (4 bits) or 64.
     """
@@ -62,22 +63,21 @@ def codes(
     run = tl.arange(0, 32)
     x_at = x + lines.to(tl.int64)[:, None] * x_row + run[None, :]
     w_at = w + rows[:, None] * width + run[None, :]
+    sums_at = sums_of_x + lines.to(tl.int64) * (k // 32)
     groups = k // GROUP if GROUP else 1
     scale_at = scale + rows * groups
     offset_at = offset + rows * groups if OFFSET else scale_at
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    # two loads ahead by hand: what is expanded in registers is not pipelined by the compiler
+    # one load ahead by hand: what is expanded in registers is not pipelined by the compiler
     high = tl.minimum(start + span, k)
     last = high // RUNS - 32
     words = tl.load(w_at + tl.minimum(start // RUNS, last))
-    later = tl.load(w_at + tl.minimum(start // RUNS + 32, last))
     for at in tl.range(start, high, 32 * RUNS, num_stages=STAGES):
-        latest = tl.load(w_at + tl.minimum(at // RUNS + 64, last))
+        later = tl.load(w_at + tl.minimum(at // RUNS + 32, last))
         for i in tl.static_range(RUNS):
             some = tl.load(x_at + at + i * 32, mask=live[:, None], other=0.0)
-            wide = some.to(tl.float32)
-            sums = tl.sum(wide, 1)
-            right = tl.trans(some if FAST else wide)
+            right = tl.trans(some if FAST else some.to(tl.float32))
+            sums = tl.load(sums_at + (at // 32 + i), mask=live, other=0.0)
             if BITS == 4:
                 product = tl.dot(_numbers(words, i, FAST), right)
                 extra = 128.0
@@ -91,7 +91,6 @@ def codes(
             if OFFSET:
                 total += tl.load(offset_at + group)[:, None] * sums[None, :]
         words = later
-        later = latest
     deliver(
         total, total, bias, scale, scale, out, part, arrived, m, n, tile, m_tile, split, splits,
         False, False, BIAS, False, SPLIT, BLOCK_M, BLOCK_N,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvarn.kernels.linear.stored import Affine
 from kvarn.kernels.triton.codes import codes
+from kvarn.kernels.triton.expand import expand, sum_runs
 
 BLOCK_N = 64
 PROGRAMS = 528  #: four for each multiprocessor of an H100
@@ -49,25 +50,14 @@ class Codes:
         return 2 * self.words.numel() + 4 * tables
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The matrix [N, K], expanded a block of rows at a time."""
-        n = len(self.words)
+        """The matrix [N, K]."""
+        (n, width), block = self.words.shape, 1024
         out = torch.empty((n, self.n_in), dtype=dtype, device=self.words.device)
-        block = max(1, (1 << 26) // self.n_in)
-        for at in range(0, n, block):
-            out[at : at + block] = self._expand(slice(at, at + block)).to(dtype)
+        expand[(n, triton.cdiv(width, block))](
+            self.words, self.scale, self.offset, out, self.n_in, self.bits, self.group,
+            self.offset is not None, block, num_warps=4,
+        )  # fmt: skip
         return out
-
-    def _expand(self, rows: slice) -> Tensor:
-        """Some rows in fp32."""
-        words = self.words[rows].to(torch.int32) & 0xFFFF
-        shifts = range(0, 16, self.bits)
-        few = words.view(len(words), -1, 1, 32)
-        whole = torch.cat([(few >> i) & ((1 << self.bits) - 1) for i in shifts], 2)
-        wide = whole.float().view(len(words), self.scale.shape[1], -1)
-        wide = (wide - (128 if self.bits == 8 else 0)) * self.scale[rows, :, None]
-        if self.offset is not None:
-            wide += self.offset[rows, :, None]
-        return wide.flatten(1)
 
 
 def multiply_codes(x: Tensor, matrix: Codes, dtype: torch.dtype) -> Tensor:
@@ -85,10 +75,12 @@ def multiply_codes(x: Tensor, matrix: Codes, dtype: torch.dtype) -> Tensor:
     block_m = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
     pdl = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
     options = {"launch_pdl": True} if pdl else {}
+    sums = torch.empty((m, k // 32), dtype=torch.float32, device=x.device)
+    sum_runs[(m, triton.cdiv(k, 32 * 32))](x, sums, k, x.stride(0), 32, pdl, **options)
     codes[(triton.cdiv(n, BLOCK_N) * splits * triton.cdiv(m, block_m),)](
-        x, matrix.words, matrix.scale, matrix.offset, matrix.bias, out, part, matrix.arrived, m, n,
-        k, x.stride(0), span, splits, 1 if pdl and k >= 1024 else 0, matrix.bits, matrix.group,
-        matrix.offset is not None, matrix.bias is not None, splits > 1, block_m, BLOCK_N, 3, pdl,
-        num_warps=4, **options,
+        x, sums, matrix.words, matrix.scale, matrix.offset, matrix.bias, out, part, matrix.arrived,
+        m, n, k, x.stride(0), span, splits, 1 if pdl and k >= 1024 else 0, matrix.bits,
+        matrix.group, matrix.offset is not None, matrix.bias is not None, splits > 1, block_m,
+        BLOCK_N, 3, pdl, num_warps=4, **options,
     )  # fmt: skip
     return out
