@@ -2,8 +2,8 @@
 
 Megatron's layout (arXiv 1909.08053, section 3): q, k, v, gate and up are cut by outputs, the
 matrices after them by inputs, so that a layer needs two sums over the ranks. KV heads stay with
-their query heads; uneven shares are allowed. The embedding is whole on every rank (a lookup is then no
-collective; it costs vocab x hidden a rank), the output matrix is cut by vocabulary.
+their query heads; uneven shares are allowed. The embedding is whole on every rank (a lookup is then
+no collective; it costs vocab x hidden a rank), the output matrix is cut by vocabulary.
 """
 
 from dataclasses import dataclass, replace

@@ -6,8 +6,8 @@ of logits that are the same bits on all ranks.
 
 When a step fails in the same way everywhere (every rank raised, after the same number of
 collectives), its requests end with the error and the ranks go on. When a rank ends, is silent for
-too long, or fails alone, it cannot be trusted any more: the others are ended, whoever waits for it in a
-collective is set free by that, and `EngineDied` names it.
+too long, or fails alone, it cannot be trusted any more: the others are ended, whoever waits for it
+in a collective is set free by that, and `EngineDied` names it.
 """
 
 import logging
