@@ -7,10 +7,12 @@ operations for each multiply-add of matrices and attention.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from kvarn.core.model import ModelSpec
+from kvarn.models.fit import BYTES
+from kvarn.models.quantized.convert import HEADS, Kind
 
-BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 
 
 @dataclass(slots=True)
@@ -26,8 +28,9 @@ def weight_bytes(spec: ModelSpec, dtype: str, quantization: str) -> float:
     """Weights that one step reads: all but the rows of an embedding that is no output head."""
     head = spec.vocab * spec.hidden
     body = spec.n_params() - head * (1 if spec.tie_embeddings else 2)
-    each = 1.0 if quantization == "int8" else BYTES[dtype]
-    return (body + head) * each
+    kind = cast(Kind, quantization)
+    wide = {**BYTES, "none": BYTES[dtype]}
+    return body * wide[kind] + head * wide[HEADS[kind]]
 
 
 def kv_bytes(spec: ModelSpec, n: int, dtype: str) -> float:

@@ -82,10 +82,12 @@ class Reader:
         return Joined(head, self.group, widths(self.spec.vocab, self.group.ranks))
 
     def _head(self, embed: Tensor) -> Linear:
-        name = "embed_tokens.weight" if self.spec.tie_embeddings else "lm_head.weight"
-        weight = self._matrix(name, (self.spec.vocab, self.spec.hidden))
-        if not (self.spec.tie_embeddings and isinstance(weight, Tensor)):
-            return self._linear(weight, None)
+        tied, shape = self.spec.tie_embeddings, (self.spec.vocab, self.spec.hidden)
+        # where no layer is quantised the output matrix is not: the embedding is not read again
+        if not tied or set(self.forms) != {self.mode}:
+            weight = self._matrix("embed_tokens.weight" if tied else "lm_head.weight", shape)
+            if not tied or not isinstance(weight, Tensor):
+                return self._linear(weight, None)
         shared = self.n_bytes
         head = self._linear(embed, None)
         if self.mode in SHARES_MEMORY:
