@@ -4,8 +4,9 @@ PYTHONPATH=. compute-sanitizer --tool memcheck python benchmarks/gpu/sanitize.py
 PYTHONPATH=. compute-sanitizer --tool racecheck python benchmarks/gpu/sanitize.py
 
 racecheck names two lines of `attend_hopper`, its head and its `warp_specialize`: there Triton hands
-the groups of warps their work through shared memory, between barriers of the whole block that the
-groups reach in different places. Any other line is a real find.
+the groups of warps their work through shared memory. The code it makes has barriers of the whole
+block around that, which the groups reach in different places, so these reports are taken to be
+false, which is not proven. Any other line is to be looked into.
 """
 
 import sys
