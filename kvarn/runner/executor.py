@@ -20,6 +20,7 @@ from kvarn.runner.extras import Extras
 from kvarn.runner.graphs import Graphs
 from kvarn.runner.image import Image
 from kvarn.runner.inflight import InFlight
+from kvarn.runner.pieces import Pieces
 from kvarn.runner.pool import KVPool
 from kvarn.runner.sampler import Sampler, sample_on_gpu
 from kvarn.runner.state import DeviceState
@@ -68,6 +69,7 @@ class Runner:
         max_seqs: int,
         state: DeviceState | None = None,
         graphs: Graphs | None = None,
+        pieces: Pieces | None = None,
     ) -> None:
         self.decoder = decoder
         self.spec: ModelSpec = decoder.spec
@@ -79,6 +81,7 @@ class Runner:
         self.extras = Extras(decoder, self.image)
         self.state = state
         self.graphs = graphs
+        self.pieces = pieces
         self.tap: Tap | None = None  #: sees every named point when set (eager research use)
         self._group_of = {layer: g for g, group in enumerate(groups) for layer in group.layers}
         self._flying: InFlight | None = None  # the step handed over last
@@ -182,6 +185,8 @@ class Runner:
         if self.state is None:
             tokens, positions = upload([batch.tokens, batch.positions], torch.int64, device)
             return self.decoder.forward(tokens, positions, attend, self.tap)
+        if self.pieces is not None and self.tap is None and self.pieces.take(len(batch.tokens)):
+            return self.pieces.run(batch, attend)
         from kvarn.kernels.triton.feed import feed
 
         arrays = [batch.tokens, batch.row_of, batch.positions]

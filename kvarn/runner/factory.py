@@ -13,6 +13,7 @@ from kvarn.models.load import Model
 from kvarn.runner.executor import Runner
 from kvarn.runner.graphs import CudaCapture, Graphs, buckets
 from kvarn.runner.memory import GRAPHS_BYTES, workspace_bytes
+from kvarn.runner.pieces import Pieces
 from kvarn.runner.pool import KVPool
 from kvarn.runner.sampler import Sampler
 from kvarn.runner.state import DeviceState
@@ -37,12 +38,16 @@ class RunnerFactory:
         """A runner with `pages` by group for sequences of at most `max_len` tokens."""
         config, model, device = self.config, self.model, self.model.device
         pool = KVPool(self.backend, self.groups, pages, config.page_size, self.kv_dtype, device)
-        state, graphs = None, None
+        state, graphs, pieces = None, None, None
         if self.captured:
             width = -(-max_len // config.page_size) + 1
             state = DeviceState(config.max_seqs, len(self.groups), width, device)
         if state is not None and config.graphs == "on":
-            graphs = self._graphs(pool, state)
+            capture = CudaCapture(device)
+            pieces = Pieces(model.decoder, state, capture)
+            backend: Any = self.backend
+            sizes = buckets(config.max_seqs)
+            graphs = Graphs(model.decoder, self.groups, pool, backend, state, sizes, capture)
         return Runner(
             model.decoder,
             self.groups,
@@ -53,18 +58,7 @@ class RunnerFactory:
             config.max_seqs,
             state,
             graphs,
-        )
-
-    def _graphs(self, pool: KVPool, state: DeviceState) -> Graphs:
-        backend: Any = self.backend
-        return Graphs(
-            self.model.decoder,
-            self.groups,
-            pool,
-            backend,
-            state,
-            buckets(self.config.max_seqs),
-            CudaCapture(self.model.device),
+            pieces,
         )
 
     def workspace(self) -> int:
