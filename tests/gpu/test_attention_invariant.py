@@ -19,7 +19,7 @@ from kvarn.kernels.attention import PagedRows
 from kvarn.kernels.attention.triton_invariant import TritonInvariant
 
 SIZE = 16  #: of a page
-MOST = 320 if not INTERPRETED else 20  #: rows of other spans
+MOST = 320  #: rows of other spans
 
 pytestmark = pytest.mark.gpu
 
@@ -55,16 +55,17 @@ def test_random_batches(options: dict[str, Any]) -> None:
     torch.testing.assert_close(lse.cpu(), wanted_lse, atol=near, rtol=near)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="numpy's products are not those of a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 40, 100])
 def test_bitwise_the_same_under_any_chunking(dtype: torch.dtype, window: int | None) -> None:
     """A prompt computed whole, in chunks and by the end token by token, alone and beside others."""
-    length = 330 if not INTERPRETED else 150
+    length = 330
     torch.manual_seed(1)
     q = torch.randn(length, 8, 64).to(DEVICE, dtype)
     k, v = torch.randn(2, length, 2, 64).to(DEVICE, dtype)
     whole = chunked(q, k, v, [length], window, None)
-    for chunks in ([64, length - 64], [7] * (length // 7) + [length % 7], [length - 3, 1, 1, 1]):
+    for chunks in ([64, length - 64], [7] * (length // 7) + [length % 7], [length - 2, 1, 1]):
         for others in (None, np.random.default_rng(0)):
             o, lse = chunked(q, k, v, chunks, window, others)
             assert torch.equal(o, whole[0]), chunks[:3]
