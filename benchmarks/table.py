@@ -110,6 +110,21 @@ def startup(result: dict[str, Any]) -> Lines:
     return table(list(names), [[result[f"{name}_s"] for name in names]])
 
 
+def perplexity(result: dict[str, Any]) -> Lines:
+    """Quality of number formats, beside that of the last row."""
+    said, rows = result["workload"], []
+    for row in result["results"]:
+        error = f" ± {row['ratio_error']:.4f}" if row["ratio_error"] else ""
+        ratio = "-" if row["ratio"] is None else f"{row['ratio']:.4f}{error}"
+        rows.append([row["dtype"], row["quantization"], f"{row['perplexity']:.3f}", ratio])
+    return [
+        f"{result['config']['model']}, {said['tokens']} tokens of {said['text']} in windows of "
+        f"{said['window']}; the ratio is to the last row.",
+        "",
+        *table(["dtype", "quantization", "perplexity", "ratio"], rows),
+    ]
+
+
 def serve(result: dict[str, Any]) -> Lines:
     """A server under load."""
     names = (
@@ -175,7 +190,8 @@ def gpu_engines(result: dict[str, Any]) -> Lines:
         *table(["load", "shape", "engine", "GB/s", "TFLOP/s", "% of the floor's speed", "repeats"],
                [_achieved(row) for row in result["results"]]),
         "",
-        "From the start of the process to the first token, in seconds:",
+        "Start, until the first token, in seconds (in this order, on a machine that had run none of "
+        "it before; kvarn's with the imports, vLLM's without):",
         "",
         *table(["engine", "start", "shape", "seconds", "stages"],
                [_started(start) for start in result["starts"]]),
@@ -244,6 +260,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "serve": ("The server under load", serve),
     "latency": ("Latency by batch size", latency),
     "startup": ("Start-up", startup),
+    "perplexity": ("What a number format costs", perplexity),
     "gpu_engines": ("Engines side by side on a GPU", gpu_engines),
     "gpu_attention": ("Attention alone on a GPU", gpu_attention),
     "gpu_smoke": ("A short run on a GPU", gpu_smoke),

@@ -58,6 +58,7 @@ class Decoder:
         self.head = reader.head(self.embed)
         self.ropes = self._ropes(max_len or spec.max_len)
         self.weight_bytes = reader.n_bytes
+        self.forms = reader.forms  #: matrices by the form that multiplies by them
         #: why the layers do not run in one compiled call; None where they do
         self.obstacle = obstacle(self.spec, self.layers, self.norm)
         self.native: NativeForward | None = None

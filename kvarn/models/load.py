@@ -147,6 +147,10 @@ def load(resolved: Resolved, progress: Progress = quiet, group: Collective = ALO
         group=group,
     )  # fmt: skip
     clock.done("weights")
+    if kind != "none":
+        chosen = resolved.origins["quantization"]
+        held = ", ".join(f"{n} x {form}" for form, n in sorted(decoder.forms.items()))
+        chosen.why = f"{chosen.why}; matrices: {held}".removeprefix("; ")
     origin = f"random weights, seed {config.seed}" if random else str(located.path)
     return Model(
         spec, decoder, tokenizer, origin, dtype, device, decoder.weight_bytes, clock.seconds

@@ -209,8 +209,11 @@ def test_what_a_checkpoint_leaves_dense_stays_dense(made: Made, tmp_path: Path) 
     if resolved.config.quantization == "none":
         pytest.skip("no kernel here multiplies by int4")
     assert resolved.config.quantization == "int4"
-    assert resolved.origins["quantization"].why == "AWQ int4 in groups of 32, as it is"
-    assert model.decoder.head.mode != model.decoder.layers[0].qkv.mode
+    head, layer = model.decoder.head.mode, model.decoder.layers[0].qkv.mode
+    assert head != layer
+    why = resolved.origins["quantization"].why
+    assert why.startswith("AWQ int4 in groups of 32, as it is; matrices: ")
+    assert f"1 x {head}" in why and f"12 x {layer}" in why
 
 
 @pytest.mark.parametrize(
