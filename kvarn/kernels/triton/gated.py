@@ -5,12 +5,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvarn.kernels.triton.dependent import can_follow, follow, options
+
 BLOCK = 1024
 
 
 @triton.jit
-def gated_row(x, out, x_row, GELU: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr):
+def gated_row(
+    x, out, x_row, GELU: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
     """x [T, 2F]: gate, then up."""
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < F
@@ -30,5 +35,8 @@ def gated(x: Tensor, gelu: bool) -> Tensor:
     rows, width = x.shape[0], x.shape[1] // 2
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     if rows:
-        gated_row[(rows, -(-width // BLOCK))](x, out, x.stride(0), gelu, width, BLOCK)
+        pdl = can_follow(x)
+        gated_row[(rows, -(-width // BLOCK))](
+            x, out, x.stride(0), gelu, width, BLOCK, pdl, **options(pdl)
+        )
     return out

@@ -5,16 +5,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvarn.kernels.triton.dependent import can_follow, follow, options
+
 
 @triton.jit
 def norm_row(
     x, residual, weight, out, total, inner, x_outer, x_inner, eps,
-    ADD: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+    ADD: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Row r of x starts at (r // inner) * x_outer + (r % inner) * x_inner; the rest is packed."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < DIM
+    factor = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    follow(PDL)
     wide = tl.load(x + row // inner * x_outer + row % inner * x_inner + at, mask=inside, other=0.0)
     wide = wide.to(tl.float32)
     if ADD:
@@ -22,7 +26,6 @@ def norm_row(
         narrow = wide.to(total.dtype.element_ty)
         tl.store(total + row * DIM + at, narrow, mask=inside)
         wide = narrow.to(tl.float32)
-    factor = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     scaled = wide * tl.rsqrt(tl.sum(wide * wide, 0) / DIM + eps) * factor
     tl.store(out + row * DIM + at, scaled.to(out.dtype.element_ty), mask=inside)
 
@@ -53,7 +56,8 @@ def _launch(
     rows = x.numel() // dim
     block = 1 << (dim - 1).bit_length()
     if rows:
+        pdl = can_follow(x)
         norm_row[(rows,)](
             x, residual, weight, out, total, *strides, eps, residual is not None, dim, block,
-            num_warps=max(1, min(8, block // 256)),
+            pdl, num_warps=max(1, min(8, block // 256)), **options(pdl),
         )  # fmt: skip

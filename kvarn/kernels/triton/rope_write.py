@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvarn.core.errors import ConfigError
+from kvarn.kernels.triton.dependent import can_follow, follow, options
 
 LARGEST_FP8: tl.constexpr = tl.constexpr(448.0)
 
@@ -82,14 +83,16 @@ def rope_write_row(
     qkv, positions, slots, cos, sin, q_norm, k_norm, cache, q, k, v, row_step, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
     NORMED: tl.constexpr, KEEP: tl.constexpr, FP8: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Programs (groups of q's heads, then k's, then v's; rows)."""
+    """Programs: by row, groups of q's heads, then k's, then v's."""
     HALF: tl.constexpr = DIM // 2
     Q_GROUPS: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
     KV_GROUPS: tl.constexpr = (KV_HEADS + BLOCK_H - 1) // BLOCK_H
-    group = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
+    GROUPS: tl.constexpr = Q_GROUPS + 2 * KV_GROUPS
+    follow(PDL)
+    group = tl.program_id(0) % GROUPS
+    row = (tl.program_id(0) // GROUPS).to(tl.int64)
     dim = tl.arange(0, BLOCK_D)
     nth = tl.arange(0, BLOCK_H)[:, None]
     source = qkv + row * row_step
@@ -168,10 +171,12 @@ def _launch(
     block_h = max(1, min(TILE // (2 * block_d), most))
     groups = triton.cdiv(heads, block_h) + 2 * triton.cdiv(kv_heads, block_h)
     if rows:
-        rope_write_row[(groups, rows)](
+        pdl = can_follow(qkv)
+        rope_write_row[(groups * rows,)](
             qkv, positions, slots, cos, sin, q_norm, k_norm, cache, q, k, v, qkv.stride(0), eps,
             heads, kv_heads, dim, page, q_norm is not None, keep,
-            cache.dtype == torch.float8_e4m3fn, block_h, block_d, num_warps=1,
+            cache.dtype == torch.float8_e4m3fn, block_h, block_d, pdl, num_warps=1,
+            **options(pdl),
         )  # fmt: skip
     return q, k, v
 
