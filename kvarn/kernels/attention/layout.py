@@ -22,9 +22,9 @@ from kvarn.kernels.attention.tilings import Tiling, chunk_tiling, decode_tiling,
 DECODE_WAVES, CHUNK_WAVES, SHARED_WAVES = 2, 1, 1  #: programs a multiprocessor to aim at
 DECODE_LEAST, CHUNK_LEAST, SHARED_LEAST = 128, 1024, 128  #: KV positions not split further
 #: KV not read again that pays for one more launch and the merges. A prefix that many rows read
-#: comes from the L2 cache after the first: on an H100, 32 sharers of 1024 positions (130 MB) gain
-#: nothing yet, 8 of them lose a quarter, 32 of 8192 gain threefold.
-SHARED_BYTES = 128 << 20
+#: comes from the L2 cache after the first: on an H100, 8 sharers of 1024 positions (29 MB) lose a
+#: quarter, 32 of them (130 MB) gain a fifth, 32 of 8192 gain threefold and more.
+SHARED_BYTES = 64 << 20
 
 
 @dataclass(slots=True, frozen=True)
