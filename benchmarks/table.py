@@ -176,8 +176,7 @@ def gpu_engines(result: dict[str, Any]) -> Lines:
     ceilings = result["ceilings"]
     fp8 = f", fp8 {cell(ceilings['fp8_tflop_s'])}" if ceilings["fp8_tflop_s"] else ""
     lines = [
-        f"Random weights; medians of {result['workload']['repeats']} repeats (Y3: of "
-        f"{min(2, result['workload']['repeats'])}) of the whole call; "
+        "Random weights; medians of the repeats listed below, each the time of the whole call; "
         f"{', '.join(f'{name} {version}' for name, version in about.items())}. Ceilings of the "
         f"same run: reading {cell(ceilings['read_gb_s'])} GB/s, matrix products "
         f"{cell(ceilings['matmul_tflop_s'])} TFLOP/s{fp8}. A floor reads weights and live KV every "
@@ -190,8 +189,8 @@ def gpu_engines(result: dict[str, Any]) -> Lines:
         *table(["load", "shape", "engine", "GB/s", "TFLOP/s", "% of the floor's speed", "repeats"],
                [_achieved(row) for row in result["results"]]),
         "",
-        "Start, until the first token, in seconds (in this order, on a machine that had run none of "
-        "it before; kvarn's with the imports, vLLM's without):",
+        "Start, until the first token, in seconds, in the order of the run; kernels compiled by one "
+        "start serve the later ones. kvarn's with its imports, vLLM's without:",
         "",
         *table(["engine", "start", "shape", "seconds", "stages"],
                [_started(start) for start in result["starts"]]),

@@ -167,7 +167,7 @@ KERNELS: dict[str, Callable[[Case], Call]] = {
 
 def reference(case: Case) -> tuple[Tensor, Tensor]:
     """Some rows, and what fp32 arithmetic on the same numbers gives for them [R, H, d]."""
-    positions = np.unique(np.linspace(0, case.length - 1, 5).astype(int))
+    positions = np.unique(np.linspace(case.length // 8, case.length - 1, 5).astype(int))
     k, v = (x[0].float() for x in case.contiguous()[1:])  # of the first sequence
     rows = torch.from_numpy(positions).cuda()
     q = case.q[rows].float().view(len(rows), KV_HEADS, -1, case.dim)

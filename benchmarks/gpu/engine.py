@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,32 +42,36 @@ class Kind:
 
 
 class Running:
-    """A started engine; `close` ends it and everything that it started."""
+    """An engine's process. It imports what its driver imports at once, and loads at `start`."""
 
     def __init__(self, kind: Kind, setting: Setting, device: str) -> None:
         said = {name: value for name, value in asdict(_plain(setting)).items() if name != "loads"}
-        start = said | {
+        given = said | {
             "device": device, "options": kind.options, "shape": SHAPES[setting.model],
         }  # fmt: skip
-        self.kind = kind
+        self.kind, self.setting = kind, setting
         self.log = Path(tempfile.gettempdir()) / f"bench-{kind.name}-{setting.name}.log"
-        self.began = time.perf_counter()
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(DRIVERS / f"{kind.driver}_driver.py"), json.dumps(start)],
+                [sys.executable, str(DRIVERS / f"{kind.driver}_driver.py"), json.dumps(given)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
                 env=kind.environ(), start_new_session=True,
             )  # fmt: skip
 
-    def ready(self, within: float) -> dict[str, Any]:
-        """What the engine says once its first token is out; `start_s` counts from the process."""
-        found = self._answer(within)
-        return found | {"start_s": time.perf_counter() - self.began}
+    def __enter__(self) -> "Running":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def start(self, within: float) -> dict[str, Any]:
+        """Load; what the engine says of it once its first token is out."""
+        self._tell({})
+        return self._answer(within)
 
     def seconds(self, asked: Requests, within: float) -> float:
         """How long a load takes."""
-        assert self.process.stdin is not None
-        print(json.dumps(asdict(asked)), file=self.process.stdin, flush=True)
+        self._tell(asdict(asked))
         return float(self._answer(within)["seconds"])
 
     def close(self) -> None:
@@ -76,6 +79,11 @@ class Running:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended: `_answer` says so
+            print(json.dumps(message), file=self.process.stdin, flush=True)
 
     def _answer(self, within: float) -> dict[str, Any]:
         assert self.process.stdout is not None

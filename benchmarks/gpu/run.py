@@ -1,6 +1,6 @@
 """kvarn and its peers on one GPU, in one run: the yardstick.
 
-    PYTHONPATH=. python benchmarks/gpu/run.py [--vllm-path FOLDER] [--settings 8b,1b]
+    PYTHONPATH=. python benchmarks/gpu/run.py [--vllm-path FOLDER] [--plan kvarn:8b,vllm:8b]
                                               [--kvarn NAME:OPTION=VALUE,...] [--seconds 500]
 
 Random weights: speed only. Every engine has its own process; a load's time is its whole `generate`
@@ -47,42 +47,45 @@ class Yardstick:
         """Seconds until the run should end."""
         return self.ends - time.monotonic()
 
-    def engine(self, kind: Kind, setting: Setting) -> None:
-        """Start an engine, run its loads, keep what came of it."""
+    def engine(self, running: Running) -> None:
+        """Let an engine start, run its loads, keep what came of it."""
+        kind, setting = running.kind, running.setting
         if self.left < START_S[kind.driver]:
-            self.leave_out(kind, setting, "no time left")
+            self.leave_out(running, "no time left")
             return
-        running = Running(kind, setting, self.options.device)
         try:
-            found = running.ready(self.left)
+            found = running.start(self.left)
             self.result["starts"].append(
                 {"engine": kind.name, "setting": setting.name, "model": setting.model} | found
             )
-            for load, runs in self.repeats(running, setting).items():
+            for load, runs in self.repeats(running).items():
                 chosen = next(one for one in setting.loads if one.name == load)
                 self.result["results"].append(self.row(kind, setting, chosen, runs))
         except KvarnError as error:
-            self.leave_out(kind, setting, str(error))
-        finally:
-            running.close()
-            record.write(self.result, self.options.json)
+            self.leave_out(running, str(error))
+        record.write(self.result, self.options.json)
 
-    def repeats(self, running: Running, setting: Setting) -> dict[str, list[float]]:
-        """Seconds by load; repeat 0 warms up where there are more, and loads take turns."""
+    def repeats(self, running: Running) -> dict[str, list[float]]:
+        """Seconds by load: all loads once to warm up, then again and again in turn."""
         taken: dict[str, list[float]] = {}
+        setting = running.setting
         asked = [(load, load.make()) for load in setting.loads]
-        n = min(self.options.repeats, 2) if setting.fp8 else self.options.repeats
-        first = 0 if setting.fp8 else -1  # Y3 is long enough to warm itself
-        for repeat in range(first, n):
+        n = max(1, self.options.repeats // 4) if setting.fp8 else self.options.repeats
+        for repeat in range(n + 1):
             for load, requests in asked:
                 expected = max(taken.get(load.name, [0.0]))
                 if taken and self.left < 1.5 * expected:
                     return taken
-                moved = requests.moved(repeat - first)
+                moved = requests.moved(repeat)
+                if repeat == 0 and setting.fp8:  # its load is long: the first tokens warm it up
+                    moved.outputs = [min(8, length) for length in moved.outputs]
                 seconds = running.seconds(moved, self.left)
-                print(f"  {running.kind.name} {setting.model} {load.name}: {seconds:.3f} s "
-                      f"({'warm-up' if repeat < 0 else repeat})", file=sys.stderr)  # fmt: skip
-                if repeat >= 0:
+                print(
+                    f"  {running.kind.name} {setting.model} {load.name}: {seconds:.4f} s "
+                    f"({repeat or 'warm-up'})",
+                    file=sys.stderr,
+                )
+                if repeat > 0:
                     taken.setdefault(load.name, []).append(seconds)
         return taken
 
@@ -105,11 +108,11 @@ class Yardstick:
             "tflop_s": least.flops / seconds / 1e12,
         }  # fmt: skip
 
-    def leave_out(self, kind: Kind, setting: Setting, why: str) -> None:
+    def leave_out(self, running: Running, why: str) -> None:
         """Say what was not measured."""
-        print(f"left out: {kind.name} {setting.name}: {why}", file=sys.stderr)
-        said = {"engine": kind.name, "setting": setting.name, "why": why}
-        self.result["left_out"].append(said)
+        kind, setting = running.kind.name, running.setting.name
+        print(f"left out: {kind} {setting}: {why}", file=sys.stderr)
+        self.result["left_out"].append({"engine": kind, "setting": setting, "why": why})
         record.write(self.result, self.options.json)
 
 
@@ -132,9 +135,20 @@ def kinds(options: argparse.Namespace) -> list[Kind]:
         given = dict(pair.split("=", 1) for pair in pairs.split(",") if pair)
         found.append(Kind(name, "kvarn", given))
     vllm = Kind("vllm", "vllm", path=[options.vllm_path] if options.vllm_path else [])
-    if vllm.importable():
+    if options.vllm_path or vllm.importable():
         found.append(vllm)
     return found
+
+
+def planned(options: argparse.Namespace) -> list[tuple[Kind, Setting]]:
+    """Which engine starts how, in order."""
+    known = tiny_settings() if options.tiny else settings(options.y3_requests)
+    pairs = {f"{kind.name}:{one.name}": (kind, one) for kind in kinds(options) for one in known}
+    wanted = options.plan.split(",") if options.plan else list(pairs)
+    unknown = [name for name in wanted if name not in pairs]
+    if unknown:
+        raise KvarnError(f"unknown starts {unknown}; known: {', '.join(pairs)}")
+    return [pairs[name] for name in wanted]
 
 
 def show(result: dict[str, Any]) -> None:
@@ -166,13 +180,12 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kvarn", action="append", help="NAME:OPTION=VALUE,...; may be repeated")
     parser.add_argument("--vllm-path", help="folder of vLLM's packages")
-    parser.add_argument("--settings", help="a comma-separated list; default: all")
-    parser.add_argument("--skip", action="append", default=[], help="ENGINE:SETTING left out")
+    parser.add_argument("--plan", help="ENGINE:SETTING,... in order; default: all")
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=1e5, help="time for everything")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small loads, to try the script out")
-    parser.add_argument("--y3-requests", type=int, default=384)
+    parser.add_argument("--y3-requests", type=int, default=256)
     parser.add_argument("--json", default=str(RESULT))
     options = parser.parse_args(words)
     options.kvarn = options.kvarn or ["kvarn"]
@@ -182,18 +195,20 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 def main(words: list[str] | None = None) -> int:
     """Measure, print, write."""
     options = parse(words)
-    known = tiny_settings() if options.tiny else settings(options.y3_requests)
-    wanted = options.settings.split(",") if options.settings else [one.name for one in known]
-    unknown = sorted(set(wanted) - {one.name for one in known})
-    if unknown:
-        print(f"unknown settings {unknown}: {[one.name for one in known]}", file=sys.stderr)
+    try:
+        plan = planned(options)
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
+        yardstick = Yardstick(options)
+    except KvarnError as error:
+        print(error, file=sys.stderr)
         return 2
-    Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-    yardstick = Yardstick(options)
-    for kind in kinds(options):
-        for setting in known:
-            if setting.name in wanted and f"{kind.name}:{setting.name}" not in options.skip:
-                yardstick.engine(kind, setting)
+    # a peer takes long to import: that happens beside the start of the engine before it
+    waiting = [Running(*pair, options.device) for pair in plan[:1]]
+    for following in [*plan[1:], None]:
+        if following is not None:
+            waiting.append(Running(*following, options.device))
+        with waiting.pop(0) as running:
+            yardstick.engine(running)
     show(yardstick.result)
     return 0 if yardstick.result["results"] else 1
 

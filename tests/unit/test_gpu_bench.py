@@ -12,8 +12,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import table
 
+from benchmarks.gpu import run
 from benchmarks.gpu.workloads import Ceilings, Load, floor, nano, settings, sizes, uniform
 from kvarn.bench import record
+from kvarn.core.errors import KvarnError
 
 ROOT = Path(__file__).parents[2]
 CEILINGS = Ceilings(3107.0, 720.0, 1350.0)
@@ -77,6 +79,26 @@ def test_a_cached_prefix_costs_less():
     )
     assert warm.seconds < cold.seconds
     assert warm.read_bytes == cold.read_bytes
+
+
+def test_a_plan_names_engines_and_settings():
+    plan = run.planned(run.parse(["--plan", "kvarn:1b,kvarn:8b"]))
+    assert [(kind.name, setting.name) for kind, setting in plan] == [
+        ("kvarn", "1b"), ("kvarn", "8b"),
+    ]  # fmt: skip
+    variants = run.parse(["--kvarn", "a:overlap=off,page_size=32", "--plan", "a:1b"])
+    assert run.planned(variants)[0][0].options == {"overlap": "off", "page_size": "32"}
+    with pytest.raises(KvarnError, match="unknown starts"):
+        run.planned(run.parse(["--plan", "kvarn:7b"]))
+
+
+def test_an_engine_that_ends_is_left_out(tmp_path):
+    path = tmp_path / "gpu_engines.json"
+    words = ["--device", "cpu", "--tiny", "--json", str(path), "--kvarn", "kvarn:nonsense=1"]
+    assert run.main([*words, "--plan", "kvarn:tiny"]) == 1
+    (left,) = json.loads(path.read_text())["left_out"]
+    assert left["setting"] == "tiny"
+    assert "nonsense" in left["why"]
 
 
 def test_a_run_on_the_cpu_makes_a_page(tmp_path):

@@ -1,7 +1,8 @@
 """The loop of every engine's driver: a load a line in, its seconds a line out.
 
 A driver runs with its engine's own packages, so this file imports the standard library only. What
-an engine prints goes to stderr; stdout belongs to the answers. `argv[1]` is the start as JSON.
+an engine prints goes to stderr; stdout belongs to the answers. `argv[1]` is the start as JSON; the
+first line on stdin lets it begin, so that a process can wait until the device is free.
 """
 
 import json
@@ -31,12 +32,16 @@ def answers() -> Callable[[dict[str, Any]], None]:
 def run(load: Load) -> None:
     """Load the engine and its first token, say what it is, then time loads until stdin ends."""
     answer = answers()
+    sys.stdin.readline()
     begin = time.perf_counter()
     generate, about = load(json.loads(sys.argv[1]))
     loaded = time.perf_counter()
     generate([[1, 2, 3, 4]], [1], 0.0)
     first = time.perf_counter()
-    answer({"load_s": loaded - begin, "first_token_s": first - loaded, "about": about})
+    answer({
+        "load_s": loaded - begin, "first_token_s": first - loaded, "start_s": first - begin,
+        "about": about,
+    })  # fmt: skip
     for line in sys.stdin:
         asked = json.loads(line)
         begin = time.perf_counter()

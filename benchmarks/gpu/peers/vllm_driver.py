@@ -14,6 +14,8 @@ ENVIRON = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it would be compiled at start
 }
+os.environ.update(ENVIRON)
+import vllm  # noqa: E402
 
 
 def folder(name: str, shape: dict[str, Any]) -> str:
@@ -31,9 +33,6 @@ def folder(name: str, shape: dict[str, Any]) -> str:
 
 def load(start: dict[str, Any]) -> tuple[Generate, dict[str, Any]]:
     """The engine with dummy weights."""
-    os.environ.update(ENVIRON)
-    import vllm
-
     options: dict[str, Any] = {}
     if start["fp8"]:
         options |= {"quantization": "fp8", "kv_cache_dtype": "fp8"}
