@@ -7,7 +7,7 @@ from kvarn.kernels.linear.base import Linear
 from kvarn.kernels.linear.small_m import wide
 from kvarn.kernels.linear.stored import Affine, Quantized, Stored
 
-FEW = 64  #: rows up to which weights are expanded in registers
+FEW = 32  #: rows up to which weights are expanded in registers
 
 
 class WeightOnly(Linear):

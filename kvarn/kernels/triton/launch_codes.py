@@ -61,7 +61,7 @@ class Codes:
 
 
 def multiply_codes(x: Tensor, matrix: Codes, dtype: torch.dtype) -> Tensor:
-    """x [M, K], at most 64 rows, times the matrix -> [M, N] in `dtype`."""
+    """x [M, K], few rows, times the matrix -> [M, N] in `dtype`."""
     (m, k), n = x.shape, len(matrix.words)
     out = torch.empty((m, n), dtype=dtype, device=x.device)
     if m == 0:
