@@ -189,8 +189,8 @@ def gpu_engines(result: dict[str, Any]) -> Lines:
         *table(["load", "shape", "engine", "GB/s", "TFLOP/s", "% of the floor's speed", "repeats"],
                [_achieved(row) for row in result["results"]]),
         "",
-        "Start, until the first token, in seconds, in the order of the run; kernels compiled by one "
-        "start serve the later ones. kvarn's with its imports, vLLM's without:",
+        "Start, until the first token, in seconds, in the order of the run; kernels that one start "
+        "compiled serve the later ones. kvarn's with its imports, vLLM's without:",
         "",
         *table(["engine", "start", "shape", "seconds", "stages"],
                [_started(start) for start in result["starts"]]),

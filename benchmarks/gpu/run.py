@@ -53,21 +53,25 @@ class Yardstick:
         if self.left < START_S[kind.driver]:
             self.leave_out(running, "no time left")
             return
+        taken: dict[str, list[float]] = {}
         try:
             found = running.start(self.left)
             self.result["starts"].append(
                 {"engine": kind.name, "setting": setting.name, "model": setting.model} | found
             )
-            for load, runs in self.repeats(running).items():
-                chosen = next(one for one in setting.loads if one.name == load)
-                self.result["results"].append(self.row(kind, setting, chosen, runs))
+            self.repeats(running, taken)
         except KvarnError as error:
             self.leave_out(running, str(error))
+        self.result["results"] += [
+            self.row(kind, setting, load, taken[load.name])
+            for load in setting.loads
+            if load.name in taken
+        ]
         record.write(self.result, self.options.json)
 
-    def repeats(self, running: Running) -> dict[str, list[float]]:
-        """Seconds by load: all loads once to warm up, then again and again in turn."""
-        taken: dict[str, list[float]] = {}
+    def repeats(self, running: Running, taken: dict[str, list[float]]) -> None:
+        """Seconds by load into `taken`: all loads once to warm up, then again and again in turn;
+        no more than the time allows."""
         setting = running.setting
         asked = [(load, load.make()) for load in setting.loads]
         n = max(1, self.options.repeats // 4) if setting.fp8 else self.options.repeats
@@ -75,7 +79,7 @@ class Yardstick:
             for load, requests in asked:
                 expected = max(taken.get(load.name, [0.0]))
                 if taken and self.left < 1.5 * expected:
-                    return taken
+                    return
                 moved = requests.moved(repeat)
                 if repeat == 0 and setting.fp8:  # its load is long: the first tokens warm it up
                     moved.outputs = [min(8, length) for length in moved.outputs]
@@ -87,7 +91,6 @@ class Yardstick:
                 )
                 if repeat > 0:
                     taken.setdefault(load.name, []).append(seconds)
-        return taken
 
     def row(self, kind: Kind, setting: Setting, load: Load, runs: list[float]) -> dict[str, Any]:
         """A load's figures, beside what the device could do."""
