@@ -45,16 +45,20 @@ def device_is_there() -> None:
         pytest.skip("no CUDA device")
 
 
-def prepare(case: Case, backend: TritonAttention) -> tuple[torch.Tensor, ...]:
+def prepare(
+    case: Case, backend: TritonAttention, stored: torch.dtype | None = None
+) -> tuple[torch.Tensor, ...]:
     """Poison a cache, write what earlier steps wrote: the cache, and the step's q, k and v."""
     kv_heads, dim = case.keys[0].shape[1:]
     size = case.rows.page_size
-    cache = backend.allocate(1, case.n_pages, size, kv_heads, dim, case.q.dtype, DEVICE)[0]
+    kind = stored or case.q.dtype
+    cache = backend.allocate(1, case.n_pages, size, kv_heads, dim, kind, DEVICE)[0]
     cache.fill_(torch.nan)
     for s, table in enumerate(case.tables):
         for p in range(int(case.rows.start[s])):
             page, at = table[p // size], p % size
-            cache[page, :, 0, at], cache[page, :, 1, at] = case.keys[s][p], case.values[s][p]
+            cache[page, :, 0, at] = case.keys[s][p].to(kind)
+            cache[page, :, 1, at] = case.values[s][p].to(kind)
     new = [
         torch.cat([kv[s][int(start) :] for s, start in enumerate(case.rows.start)]).to(DEVICE)
         for kv in (case.keys, case.values)
@@ -181,6 +185,19 @@ def test_views_into_one_row_are_taken() -> None:
         caches[1], q.contiguous(), k.contiguous(), v.contiguous()
     )
     assert torch.equal(strided, packed)
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_fp8_caches(page_size: int) -> None:
+    """Keys and values that fp8 holds exactly give what they give in bf16."""
+    case = make([*RAGGED[:5], (300, 1)], dtype=torch.bfloat16, page_size=page_size)
+    kind = torch.float8_e4m3fn
+    for kv in (case.keys, case.values):
+        kv[:] = [x.to(kind).to(torch.bfloat16) for x in kv]
+    backend = TritonAttention()
+    o, _ = backend.plan(case.rows).run(*prepare(case, backend, kind))
+    near = TOLERANCE[torch.bfloat16]
+    torch.testing.assert_close(o.float().cpu(), expected(case)[0], atol=near, rtol=near)
 
 
 def test_repeated_runs_are_bitwise_equal() -> None:
