@@ -154,7 +154,7 @@ def _choose_parts(resolved: Resolved, here: Cap) -> dict[str, Any]:
     if config.deterministic and Cap.BATCH_INVARIANT not in parts["attention"].gives:
         raise ConfigError(
             f"deterministic needs BATCH_INVARIANT, which attention {config.attention!r} does not "
-            f"give; 'invariant' and 'native' do, on device=cpu"
+            f"give; 'native' and 'invariant' do on device=cpu, 'triton-invariant' on device=cuda"
         )
     return parts
 

@@ -294,7 +294,7 @@ class Sampler:
 def sample_on_gpu(logits: Tensor, parameters: Mapping[str, Tensor], filtered: bool) -> Tensor:
     """Tokens [R] int32 of logits [R, V], -1 where none can be chosen; nothing waits.
 
-    `parameters` are those of `Sampler.parameters`; `filtered`: whether any row has top-k or top-p.
+    `parameters` are those of `Sampler.parameters`; `filtered`: whether any row filters.
     """
     from kvarn.kernels.triton.sample import sample
 

@@ -6,10 +6,8 @@ import pytest
 import torch
 from golden.test_engine import expected, make_engine, make_requests, run
 
-from kvarn.core.config import resolve
 from kvarn.core.errors import ConfigError
 from kvarn.core.request import Request, SamplingParams
-from kvarn.engine.engine import Engine
 
 pytestmark = [
     pytest.mark.gpu,
@@ -132,7 +130,26 @@ def test_cpu_backends_are_refused(tiny_folder: Any, attention: str) -> None:
         make_engine(tiny_folder("llama"), device="cuda", attention=attention)
 
 
-def test_deterministic_is_refused(tiny_folder: Any) -> None:
-    options = {"model": tiny_folder("llama"), "load": "random", "device": "cuda"}
-    with pytest.raises(ConfigError, match="BATCH_INVARIANT"):
-        Engine(resolve(options | {"deterministic": True}))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_deterministic_bits(tiny_folder: Any, dtype: str) -> None:
+    """Logprobs are the same bits alone, in a batch, and under another chunking."""
+    options = {"device": "cuda", "deterministic": True, "dtype": dtype}
+    sampling = SamplingParams(temperature=0.0, max_tokens=8, logprobs=0, ignore_eos=True)
+    requests = [Request(f"r{i}", [3 + i, 4, 5] * (1 + 5 * i), sampling) for i in range(4)]
+
+    def answers(together: list[Request], budget: int) -> dict[str, list[float]]:
+        engine = make_engine(tiny_folder("llama"), budget=budget, **options)
+        for request in together:
+            engine.add(request)
+        found: dict[str, list[float]] = {}
+        while engine.has_work:
+            for output in engine.step():
+                assert output.error is None
+                scores = [one.logprob for one in output.logprobs or []]
+                found.setdefault(output.request_id, []).extend(scores)
+        return found
+
+    together = answers(requests, 64)
+    assert answers(requests, 7) == together
+    for request in requests:
+        assert answers([request], 64)[request.id] == together[request.id]

@@ -31,7 +31,8 @@ class FakeLLM:
         return EngineStats(steps=self.steps)
 
     def explain(self):
-        return {"options": resolve({"device": "cpu", "dtype": "bfloat16"}, {}).rows()}
+        chosen = {"device": "cpu", "dtype": "bfloat16", "quantization": "none"}
+        return {"options": resolve(chosen, {}).rows()}
 
     def generate(self, prompts, params):
         self.bursts.append((prompts, params))

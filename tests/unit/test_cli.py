@@ -32,6 +32,7 @@ class FakeEngine:
             "options": self.resolved.rows(),
             "parts": [{"name": "continuous", "kind": "scheduler", "needs": [], "gives": ["A"]}],
             "capabilities": ["PAGED_KV"],
+            "ranks": [],
             "memory": [{"what": "weights", "gib": 0.25}],
             "startup": [{"stage": "weights", "seconds": 1.5}],
         }
