@@ -2,8 +2,9 @@
 
 The draws are those of the published comparison (W1's are nano-vllm's), so numbers compare across
 engines and machines. Every repeat adds its number to all token ids: the same lengths and the same
-sharing, but nothing that an earlier repeat has left in a prefix cache. W4's warm load asks for the
-prefix of its own repeat's cold load with new endings.
+sharing, but nothing that an earlier repeat has left in a prefix cache; for the same reason no two
+loads of a setting draw the same prompts. W4's warm load asks for the prefix of its own repeat's
+cold load with new endings.
 """
 
 from collections.abc import Callable, Iterator
@@ -91,9 +92,9 @@ def settings(y3_requests: int = 256) -> list[Setting]:
     """The yardstick: every engine start with its loads."""
     eight = [
         Load("W2", "64 x (1024 + 256)", "output_tok_s", lambda: uniform(64, 1024, 256, 1)),
-        Load("W2 prefill", "64 x 1024, 1 out", "input_tok_s", lambda: uniform(64, 1024, 1, 1)),
+        Load("W2 prefill", "64 x 1024, 1 out", "input_tok_s", lambda: uniform(64, 1024, 1, 7)),
         Load("W3", "one stream, 128 + 256", "output_tok_s", lambda: uniform(1, 128, 256, 2)),
-        Load("W3 first token", "one stream, 128 + 1", "seconds", lambda: uniform(1, 128, 1, 2)),
+        Load("W3 first token", "one stream, 128 + 1", "seconds", lambda: uniform(1, 128, 1, 8)),
         Load(
             "W4 cold", "64 x (4096 shared + 128, + 128)", "output_tok_s",
             lambda: sharing(64, 4096, 128, 128, 4), shared=4096,
