@@ -22,7 +22,7 @@ def print_explanation(found: dict[str, Any], as_json: bool) -> None:
     _table(console, "Options", ("option", "value", "from", "why"), options)
     for title, key in (
         ("Parts", "parts"), ("Capabilities", "capabilities"), ("Ranks", "ranks"),
-        ("Memory", "memory"), ("Start-up", "startup"),
+        ("Execution", "execution"), ("Memory", "memory"), ("Start-up", "startup"),
     ):  # fmt: skip
         _rows(console, title, found[key])
 

@@ -14,7 +14,6 @@ from kvarn.models.fit import BYTES
 from kvarn.models.quantized.convert import HEADS, Kind
 
 
-
 @dataclass(slots=True)
 class Work:
     """What a run did."""

@@ -56,9 +56,7 @@ BUILT_IN: dict[tuple[str, str], str] = {
     ("attention", "invariant"): "kvarn.kernels.attention.invariant:Invariant",
     ("attention", "native"): "kvarn.kernels.attention.native:NativeAttention",
     ("attention", "triton"): "kvarn.kernels.attention.triton:TritonAttention",
-    ("attention", "triton-invariant"): (
-        "kvarn.kernels.attention.triton_invariant:TritonInvariant"
-    ),
+    ("attention", "triton-invariant"): ("kvarn.kernels.attention.triton_invariant:TritonInvariant"),
 }
 
 

@@ -64,12 +64,34 @@ class Assembly:
             ],
             "capabilities": sorted(cap.name for cap in self.capabilities),
             "ranks": self.ranks,
+            "execution": self._execution(resolved.config),
             "memory": self.ledger.rows(),
             "startup": [
                 {"stage": stage, "seconds": round(seconds, 3)}
                 for stage, seconds in self.seconds.items()
             ],
         }
+
+    def _execution(self, config: EngineConfig) -> list[dict[str, str]]:
+        """How a step runs here, and why not faster."""
+        decoder = self.model.decoder
+        if self.model.device.type == "cuda":
+            replayed = config.graphs == "on"
+            how = "replayed from captured graphs" if replayed else "launched kernel by kernel"
+            return [{"what": "decode steps", "how": how, "why": f"graphs={config.graphs}"}]
+        whole = decoder.obstacle is None
+        return [
+            {
+                "what": "layers",
+                "how": "one compiled call" if whole else "one operation at a time",
+                "why": decoder.obstacle or "every layer has a compiled form",
+            },
+            {
+                "what": "kernels",
+                "how": "compiled" if native.available() else "torch",
+                "why": native.reason(),
+            },
+        ]
 
 
 def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:

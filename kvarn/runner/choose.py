@@ -11,12 +11,19 @@ import math
 import torch
 from torch import Tensor
 
+from kvarn.kernels import native
+
 FIRST_CANDIDATES = 64
 GROWTH = 8
 
 
 def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Lowest id among the largest of each row, and its value: [R, V] -> [R], [R]. NaN wins."""
+    kernel = native.kernel("argmax", logits)
+    if kernel is not None and logits.is_contiguous():
+        ids, best = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits))
+        kernel(logits.data_ptr(), *logits.shape, ids.data_ptr(), best.data_ptr())
+        return ids, best
     block = math.gcd(logits.shape[1], 64)
     if block < 8:
         ids = logits.argmax(-1)

@@ -33,6 +33,7 @@ class FakeEngine:
             "parts": [{"name": "continuous", "kind": "scheduler", "needs": [], "gives": ["A"]}],
             "capabilities": ["PAGED_KV"],
             "ranks": [],
+            "execution": [{"what": "layers", "how": "one compiled call", "why": "all can"}],
             "memory": [{"what": "weights", "gib": 0.25}],
             "startup": [{"stage": "weights", "seconds": 1.5}],
         }

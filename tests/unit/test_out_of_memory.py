@@ -26,9 +26,7 @@ def limited(engine: Any, positions: int) -> list[int]:
 
 @pytest.mark.parametrize("overlap", ["off", "on"])
 @pytest.mark.parametrize("positions", [3, 20])
-def test_smaller_steps_give_the_same_tokens(
-    tiny_folder: Any, positions: int, overlap: str
-) -> None:
+def test_smaller_steps_give_the_same_tokens(tiny_folder: Any, positions: int, overlap: str) -> None:
     engine = make_engine(tiny_folder("llama"), budget=64, overlap=overlap)
     requests = make_requests(10)
     wanted = expected(engine, requests)

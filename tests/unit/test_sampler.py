@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from kvarn.core.request import Grammar, SamplingParams
+from kvarn.kernels import native
+from kvarn.runner.choose import argmax
 from kvarn.runner.logprobs import logprobs
 from kvarn.runner.sampler import Sampled, Sampler
 
@@ -252,3 +254,22 @@ def test_logits_made_under_inference_mode_can_be_changed() -> None:
     sampler = make(*MIXED[2:4])
     found = sampler.sample(logits, np.arange(2), np.full(2, 3), np.zeros((2, 8), np.int32))
     assert not found.errors
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 640, 5003])
+def test_argmax_is_the_first_of_the_largest(n, dtype, compiled, monkeypatch):
+    if compiled and not native.available():
+        pytest.skip(native.reason())
+    if not compiled:
+        monkeypatch.setattr(native, "kernel", lambda *_: None)
+    x = torch.from_numpy(np.random.default_rng(n).normal(0, 1, (4, n))).to(dtype)
+    x[1] = x[1].mul(2).round()  # many equal ones
+    x[2] = -torch.inf
+    ids, best = argmax(x)
+    want = [row.index(max(row)) for row in x.tolist()]
+    assert ids.tolist() == want
+    assert best.tolist() == [row[i] for row, i in zip(x.tolist(), want)]
+    x[3, n // 2] = torch.nan
+    assert argmax(x)[1][3].isnan()

@@ -40,6 +40,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "rms_norm": [_P, _I, _I, _I, _I, _I, _P, _P, _I, _F, _P, _P],
     "rope": [_P, _I, _I, _I, _I, _P, _P, _P],
     "gated": [_P, _I, _I, _I, _I, _P],
+    "argmax": [_P, _I, _I, _P, _P],
     "attention": [_P, _P, _P, _P, _P, _I, _I, _I, _P, _P],
     "forward": [_P, _P],
     "space": [_P, _I],
@@ -77,19 +78,6 @@ def available() -> bool:
 def reason() -> str:
     """Why the compiled kernels are, or are not, in force."""
     return _outcome()[1]
-
-
-def status() -> dict[str, Any]:
-    """What is in force, for `kvarn explain`."""
-    found = library()
-    return {
-        "native": found is not None,
-        "reason": reason(),
-        "path": str(found.path) if found else None,
-        "compiler": found.compiler if found else None,
-        "build_seconds": found.seconds if found else None,
-        "forms": "native" if found else "torch",
-    }
 
 
 def kernel(name: str, x: Tensor) -> Any:

@@ -36,6 +36,39 @@ void gated(const T* x, int64_t t, int64_t f, int64_t stride, int64_t gelu, T* ou
         gated_row(x + row * stride, x + row * stride + f, f, gelu, out + row * f);
 }
 
+// id [1] = the first place of the largest of x [n], best [1] = its value; a NaN anywhere wins
+template <class T>
+void argmax_row(const T* x, int64_t n, int64_t* id, float* best) {
+    Floats top = splat(-INFINITY), some = {};
+    Ints odd = {};
+    for (int64_t i = 0; i < n; i += 16) {
+        // the places beyond the end repeat the first number
+        some = i + 16 <= n ? Lane<T>::get(x + i) : get_some(x + i, (int)(n - i));
+        for (int64_t j = n - i; j < 16; j++) some[j] = get_some(x, 1)[0];
+        odd |= some != some;
+        top = larger(some, top);
+    }
+    float most = largest(top);
+    for (int j = 0; j < 16; j++)
+        if (odd[j]) most = NAN;
+    *best = most, *id = 0;
+    for (int64_t i = 0; i < n; i += 16) {
+        const Floats here = i + 16 <= n ? Lane<T>::get(x + i) : get_some(x + i, (int)(n - i));
+        const Ints found = here == splat(most);
+        for (int64_t j = 0; j < 16 && i + j < n; j++)
+            if (found[j]) {
+                *id = i + j;
+                return;
+            }
+    }
+}
+
+template <class T>
+void argmax(const T* x, int64_t rows, int64_t n, int64_t* ids, float* best) {
+#pragma omp parallel for if (rows > 1 && rows * n > SERIAL)
+    for (int64_t row = 0; row < rows; row++) argmax_row(x + row * n, n, ids + row, best + row);
+}
+
 }  // namespace kvarn
 
 using kvarn::bf16;
@@ -59,6 +92,9 @@ using kvarn::bf16;
     void kvarn_gated_##suffix(const T* x, int64_t t, int64_t f, int64_t stride, int64_t gelu,        \
                               T* out) {                                                              \
         kvarn::gated(x, t, f, stride, gelu, out);                                                    \
+    }                                                                                                \
+    void kvarn_argmax_##suffix(const T* x, int64_t rows, int64_t n, int64_t* ids, float* best) {     \
+        kvarn::argmax(x, rows, n, ids, best);                                                        \
     }
 
 extern "C" {
