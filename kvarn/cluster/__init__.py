@@ -1,0 +1,1 @@
+"""Several engines behind a router: policies as state machines, drivers that carry them out."""

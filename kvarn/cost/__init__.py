@@ -1,0 +1,1 @@
+"""What a step, a transfer and a joule cost: one model of time, energy and links for everybody."""

@@ -1,0 +1,1 @@
+"""Bounds as pure functions: how far a policy is from the best that could be done."""

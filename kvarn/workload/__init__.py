@@ -1,0 +1,1 @@
+"""Traces, arrival processes, lengths and prompt sources: what is asked of a system, and when."""
