@@ -235,24 +235,6 @@ def gpu_attention(result: dict[str, Any]) -> Lines:
     ]
 
 
-def gpu_smoke(result: dict[str, Any]) -> Lines:
-    """The engine on a GPU in both loops, and its tests."""
-    engines = [
-        [name.removeprefix("engine_overlap_"), found["output_tokens_per_second"],
-         100 * found["host_share"]]
-        for name, found in result.items()
-        if name.startswith("engine")
-    ]  # fmt: skip
-    said = result["engine_overlap_off"]
-    tests = result.get("tests", {}).get("summary") or ["not run"]
-    return [
-        f"GPU tests: {tests[0].strip('= ')}. Engine, {said['model']} with random weights, "
-        f"{said['requests']} x ({said['input']} + {said['output']}):",
-        "",
-        *table(["overlapped loop", "output tok/s", "host share %"], engines),
-    ]
-
-
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "cpu_peers": ("Engines side by side on a CPU", cpu_peers),
     "offline": ("The engine without a server", offline),
@@ -262,7 +244,6 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "perplexity": ("What a number format costs", perplexity),
     "gpu_engines": ("Engines side by side on a GPU", gpu_engines),
     "gpu_attention": ("Attention alone on a GPU", gpu_attention),
-    "gpu_smoke": ("A short run on a GPU", gpu_smoke),
     "scheduler_overhead": ("Time of the decisions", scheduler_overhead),
 }
 
