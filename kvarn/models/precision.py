@@ -62,6 +62,10 @@ def choose_quantization(resolved: Resolved, device: torch.device, scheme: Scheme
         raise ConfigError(
             f"quantization={kind} does not run on device={device.type}; what does: {offered}"
         )
+    if device.type == "cpu" and config.dtype == "float16":
+        raise ConfigError(
+            f"quantization={kind} on a CPU takes dtype=float32 or bfloat16, not float16"
+        )
     if config.deterministic and not form.batch_invariant:
         raise ConfigError(
             f"quantization={kind} multiplies in ways that depend on what else is in the batch, so "

@@ -5,11 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvarn.core.config import resolve
 from kvarn.core.errors import ConfigError
 from kvarn.kernels import native
 from kvarn.kernels.linear import make_linear
 from kvarn.kernels.linear.codes import GROUP, NativeCodes
 from kvarn.kernels.linear.stored import Affine
+from kvarn.models.precision import choose_quantization
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason())
@@ -119,3 +121,9 @@ def test_what_it_cannot_take_is_said():
         NativeCodes(odd, None)
     with pytest.raises(ConfigError, match=r"float16"):
         make_linear(affine(8, 64, 4, "free"))(torch.zeros(1, 64, dtype=torch.float16))
+
+
+def test_float16_with_codes_on_a_cpu_is_refused_at_start():
+    resolved = resolve({"dtype": "float16", "quantization": "int8"})
+    with pytest.raises(ConfigError, match=r"dtype=float32 or bfloat16, not float16"):
+        choose_quantization(resolved, torch.device("cpu"), None)

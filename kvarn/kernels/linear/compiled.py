@@ -29,7 +29,8 @@ class Native(Linear):
             )
         panels = -(-self.n_out // PANEL)
         self.packed = torch.empty(panels * PANEL * self.n_in, dtype=weight.dtype)
-        pack(weight.contiguous().data_ptr(), self.n_out, self.n_in, self.packed.data_ptr())
+        rows = weight.contiguous()  # a name keeps a copy alive while it is read
+        pack(rows.data_ptr(), self.n_out, self.n_in, self.packed.data_ptr())
         self.dtype = weight.dtype
         self.wide_bias = None if bias is None else bias.float()
         self.weight_bytes = self.packed.numel() * self.packed.element_size()
