@@ -1,0 +1,160 @@
+"""`Instance`: one engine in virtual time. Its decisions are the engine's own; steps are priced.
+
+The loop is the engine's `plan, execute, apply`. What is simulated is the executor: a step takes
+what the cost model says, and commits one token for each span that wants logits. Output lengths come
+from the requests (their `max_tokens`); a generated token is unlike any other sequence's, so it
+serves no prefix hit of another request.
+
+While only decodes run and nobody waits, steps are taken together (`coast`); an arrival cuts such a
+run at the end of the step in which it falls, exactly where step by step it would be noticed.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvarn.core.plan import StepPlan, StepResult
+from kvarn.core.request import Request
+from kvarn.core.seq import Seq
+from kvarn.cost.shape import CostModel, Estimate, StepShape, shape_of
+from kvarn.schedule.coast import can_coast, coast
+from kvarn.schedule.control import ControlPlane, Progress
+from kvarn.sim.heap import NS
+
+
+class Watcher(Protocol):
+    """Sees what instances do: results, traces and plots are made of it."""
+
+    def committed(self, instance: "Instance", seq: Seq, ends: list[int]) -> None:
+        """`seq` got a token at each of `ends` [ns]."""
+        ...
+
+    def stepped(self, instance: "Instance", shape: StepShape, start: int, end: int) -> None:
+        """One step, or a run of decode steps (`shape` is then the first's), took place [ns]."""
+        ...
+
+
+@dataclass(slots=True)
+class _Run:
+    """Steps under way: one that was planned, or several decode steps that are taken at once."""
+
+    shape: StepShape
+    start: int  #: [ns]
+    ends: list[int]  #: of each step [ns]
+    prices: list[Estimate]  #: of each step
+    plan: StepPlan | None  #: None: the steps are coasted
+
+
+@dataclass(slots=True)
+class Instance:
+    """A control plane, a price list, and the step under way."""
+
+    name: str
+    control: ControlPlane
+    cost: CostModel
+    watcher: Watcher
+    coasts: bool = True  #: take decode steps together; off only to test that nothing changes
+    busy: int = 0  #: time spent in steps [ns]
+    joules: float = 0.0  #: spent in steps
+    unmeasured: float = 0.0  #: of that, what no measured data covers [s]
+    version: int = 0  #: of the run under way; an end scheduled for an older one is void
+    _run: _Run | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether steps are under way."""
+        return self._run is not None
+
+    def add(self, request: Request) -> None:
+        """Queue a request; `QueueFull` if there is no place."""
+        self.control.add(request)
+
+    def noticed(self, now: int) -> int | None:
+        """Somebody came or left at `now`: cut a run of decodes there; its new end, if it moved."""
+        run = self._run
+        if run is None or run.plan is not None:
+            return None
+        steps = bisect_left(run.ends, now) + 1
+        if steps >= len(run.ends):
+            return None
+        del run.ends[steps:], run.prices[steps:]
+        self.version += 1
+        return run.ends[-1]
+
+    def start(self, now: int) -> int | None:
+        """Begin the next step, or run of steps; when it ends [ns], or None with nothing to do."""
+        if not self.control.has_work:
+            return None
+        most = can_coast(self.control) if self.coasts else 0
+        if most > 1:
+            self._run = self._decodes(now, min(most, _AT_ONCE))
+        else:
+            plan = self.control.plan(now / NS)
+            if not plan.spans:
+                return None
+            shape = shape_of((s.start, s.length, s.wants_logits) for s in plan.spans)
+            price = self.cost.step(shape)
+            self._run = _Run(shape, now, [now + _ns(price)], [price], plan)
+        self.version += 1
+        return self._run.ends[-1]
+
+    def finish(self, now: int, token_of: Callable[[Seq], int]) -> list[Progress]:
+        """Commit the run that ends now; who made progress (coasted runs end nobody)."""
+        run = self._run
+        assert run is not None and run.ends[-1] == now, "a run ends when it said it would"
+        self._run = None
+        self.busy += now - run.start
+        for price in run.prices:
+            self.joules += price.joules
+            self.unmeasured += (1.0 - price.confidence) * price.seconds
+        self.watcher.stepped(self, run.shape, run.start, now)
+        if run.plan is None:
+            times = [run.start, *run.ends[:-1]]
+            for seq in coast(self.control, [at / NS for at in times], token_of):
+                self.watcher.committed(self, seq, run.ends)
+            return []
+        tokens = [
+            [token_of(self.control.seqs[span.seq])]
+            if span.wants_logits and span.seq in self.control.seqs
+            else []
+            for span in run.plan.spans
+        ]
+        result = StepResult(run.plan.step, tokens, seconds=(now - run.start) / NS)
+        progress = self.control.apply(run.plan, result, now / NS)
+        for one in progress:
+            if one.tokens:
+                self.watcher.committed(self, one.seq, run.ends)
+        return progress
+
+    def unstick(self, now: int) -> Seq | None:
+        """Nothing runs and the first in the queue was not let in: end it, for it never will be."""
+        queues = self.control.queues
+        if self.is_busy or queues.running or not queues.waiting:
+            return None
+        seq = queues.waiting[0]
+        self.control.finish(seq, "error", now / NS)
+        return seq
+
+    def _decodes(self, now: int, most: int) -> _Run:
+        """Price `most` decode steps, each attending to one position more a sequence."""
+        n = len(self.control.queues.running)
+        known = [len(seq.tokens) for seq in self.control.queues.running]
+        total, longest = sum(known), max(known)
+        first = StepShape((), n, total, longest, n)
+        run = _Run(first, now, [], [], None)
+        for i in range(most):
+            price = self.cost.step(StepShape((), n, total + i * n, longest + i, n))
+            now += _ns(price)
+            run.ends.append(now)
+            run.prices.append(price)
+        return run
+
+
+#: decode steps priced ahead: an arrival throws the rest away, so pricing more does not pay
+_AT_ONCE = 64
+
+
+def _ns(price: Estimate) -> int:
+    """A step's time on the virtual clock, at least one tick."""
+    return max(1, round(price.seconds * NS))

@@ -1,0 +1,105 @@
+"""What came of each simulated request, and of all: plain data for results, traces and plots."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from kvarn.core.seq import Seq
+from kvarn.cost.shape import StepShape
+from kvarn.sim.heap import NS
+from kvarn.sim.instance import Instance
+
+
+@dataclass(slots=True)
+class Record:
+    """One request's way through the cluster. Times in ns of virtual time."""
+
+    id: str
+    arrival: int
+    n_in: int  #: [tokens]
+    n_out: int = 0  #: tokens generated
+    instance: int = -1  #: where it went; -1: nowhere
+    why: str = ""  #: what spoke for that instance, or why it was refused
+    first: int | None = None  #: first token
+    end: int | None = None  #: last token; None: it did not complete
+    cached: int = 0  #: prompt tokens found in the prefix cache
+    preemptions: int = 0
+    error: str = ""
+
+
+@dataclass(slots=True)
+class StepRow:
+    """One step, or a run of decode steps, of an instance, for traces and plots."""
+
+    instance: str
+    start: int  #: [ns]
+    end: int  #: [ns]
+    shape: StepShape  #: of the first step
+    running: int  #: sequences in the batch queue at its end
+    waiting: int
+    held: int  #: KV pages that sequences hold
+
+
+@dataclass(slots=True)
+class Tally:
+    """A watcher that keeps what results need: times by request, gaps between tokens by length."""
+
+    records: dict[str, Record] = field(default_factory=dict)
+    gaps: Counter[int] = field(default_factory=Counter)  #: tokens by the gap before them [us]
+    steps: list[StepRow] | None = None  #: filled only where asked for
+    n_steps: int = 0  #: calls of `stepped`: coasted runs count once
+    _last: dict[str, int] = field(default_factory=dict)  # last token of open requests [ns]
+
+    def committed(self, instance: Instance, seq: Seq, ends: list[int]) -> None:
+        """`seq` got a token at each of `ends`."""
+        key = seq.request.id
+        record = self.records[key]
+        record.n_out += len(ends)
+        before = self._last.get(key)
+        if before is None:
+            record.first = ends[0]
+        else:
+            self.gaps[round((ends[0] - before) / 1000)] += 1
+        for earlier, later in pairwise(ends):
+            self.gaps[round((later - earlier) / 1000)] += 1
+        self._last[key] = ends[-1]
+
+    def stepped(self, instance: Instance, shape: StepShape, start: int, end: int) -> None:
+        """Keep the step, if steps are wanted."""
+        self.n_steps += 1
+        if self.steps is not None:
+            control = instance.control
+            running, waiting = len(control.queues.running), len(control.queues.waiting)
+            row = StepRow(instance.name, start, end, shape, running, waiting, control.kv.held(0))
+            self.steps.append(row)
+
+    def ended(self, seq: Seq, now: int, error: str = "") -> None:
+        """A sequence left its instance."""
+        record = self.records[seq.request.id]
+        record.cached, record.preemptions, record.error = seq.cached, seq.preemptions, error
+        record.end = None if error else now
+        self._last.pop(seq.request.id, None)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """A whole simulation."""
+
+    records: list[Record]  #: in order of arrival
+    gaps: Counter[int]  #: tokens by the gap before them [us]
+    steps: list[StepRow] | None
+    instances: list[Instance]
+    end: int  #: last event [ns]
+
+    @property
+    def seconds(self) -> float:
+        """From the start to the last event [s]."""
+        return self.end / NS
+
+    @property
+    def joules(self) -> float:
+        """Energy of all instances: in their steps, and idle between them."""
+        total = 0.0
+        for one in self.instances:
+            total += one.joules + one.cost.idle_watts() * (self.end - one.busy) / NS
+        return total

@@ -1,0 +1,144 @@
+"""`simulate`: requests, instances and a cluster policy under one virtual clock.
+
+The policy and the control planes are those of the real engine and cluster. Deterministic: virtual
+time is in integer nanoseconds, arrivals come before completions of the same instant, and equal
+events in the order in which they were scheduled. What the simulator itself takes never enters.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from kvarn.cluster.policy import Action, Arrived, ClusterPolicy, Finished, Refuse, Send, Started
+from kvarn.core.errors import QueueFull
+from kvarn.core.request import Request
+from kvarn.core.seq import Seq
+from kvarn.sim.heap import ARRIVAL, COMPLETION, NS, EventHeap
+from kvarn.sim.instance import Instance
+from kvarn.sim.run import Outcome, Record, Tally
+
+_NEXT = "the next listed request arrives"
+
+
+def unlike_any(seq: Seq) -> int:
+    """A generated token that no prompt and no other sequence of the instance has."""
+    return -1 - seq.id
+
+
+class Simulation:
+    """One run. `requests` come in order of arrival (seconds) and are taken one at a time."""
+
+    def __init__(
+        self,
+        requests: Iterable[Request],
+        instances: Sequence[Instance],
+        policy: ClusterPolicy,
+        tally: Tally,
+        after: Callable[[str, float], Sequence[Request]] | None = None,
+    ) -> None:
+        """`after(id, now)`: requests that the end of one brings (the next turn of a session)."""
+        self.requests = iter(requests)
+        self.instances = list(instances)
+        self.policy = policy
+        self.tally = tally
+        self.after = after
+        self.heap = EventHeap()
+        self._order: list[Record] = []
+        self._upcoming: Request | None = None
+        self._next_arrival()
+
+    def run(self) -> Outcome:
+        """To the end: every request has ended exactly once."""
+        heap = self.heap
+        while heap:
+            event = heap.pop()
+            if isinstance(event, Request):
+                self._arrived(event)
+            elif event is _NEXT:
+                self._take_next()
+            else:
+                self._completed(*event)
+        return Outcome(self._order, self.tally.gaps, self.tally.steps, self.instances, heap.now)
+
+    # events
+
+    def _next_arrival(self) -> None:
+        """Have the next listed request come when it is due; the list is read no further."""
+        self._upcoming = next(self.requests, None)
+        if self._upcoming is not None:
+            self.heap.push(self._due(self._upcoming), ARRIVAL, _NEXT)
+
+    def _take_next(self) -> None:
+        request = self._upcoming
+        assert request is not None
+        self._next_arrival()
+        self._arrived(request)
+
+    def _due(self, request: Request) -> int:
+        return max(self.heap.now, round(request.arrival * NS))
+
+    def _arrived(self, request: Request) -> None:
+        record = Record(request.id, self.heap.now, len(request.prompt))
+        self.tally.records[request.id] = record
+        self._order.append(record)
+        self._act(self.policy.handle(Arrived(request), self.heap.now / NS))
+
+    def _completed(self, place: int, version: int) -> None:
+        instance, now = self.instances[place], self.heap.now
+        if version != instance.version:
+            return  # cut short by an arrival: another end is in the heap
+        for one in instance.finish(now, unlike_any):
+            if one.seq.n_output == len(one.tokens) and one.tokens:
+                self._tell(Started(one.seq.request.id, place))
+            if one.finish is not None:
+                self._ended(place, one.seq, "" if one.finish != "error" else "failed")
+        self._start(place)
+
+    def _ended(self, place: int, seq: Seq, error: str = "") -> None:
+        now = self.heap.now
+        self.tally.ended(seq, now, error)
+        self._tell(Finished(seq.request.id, place))
+        if self.after is not None:
+            for request in self.after(seq.request.id, now / NS):
+                self.heap.push(self._due(request), ARRIVAL, request)
+
+    # actions
+
+    def _tell(self, event: Started | Finished) -> None:
+        self._act(self.policy.handle(event, self.heap.now / NS))
+
+    def _act(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Send):
+                self._send(action)
+            elif isinstance(action, Refuse):
+                self._refuse(action.request, action.why)
+
+    def _send(self, action: Send) -> None:
+        request, place = action.request, action.instance
+        record, instance = self.tally.records[request.id], self.instances[place]
+        record.instance, record.why = place, action.why
+        try:
+            instance.add(request)
+        except QueueFull as error:
+            self._refuse(request, str(error))
+            self._tell(Finished(request.id, place))
+            return
+        if instance.is_busy:
+            end = instance.noticed(self.heap.now)
+            if end is not None:
+                self.heap.push(end, COMPLETION, (place, instance.version))
+        else:
+            self._start(place)
+
+    def _refuse(self, request: Request, why: str) -> None:
+        self.tally.records[request.id].error = why
+
+    def _start(self, place: int) -> None:
+        instance, now = self.instances[place], self.heap.now
+        end = instance.start(now)
+        while end is None:
+            seq = instance.unstick(now)
+            if seq is None:
+                return
+            self._ended(place, seq, f"no room for {len(seq.tokens)} tokens in the KV cache")
+            end = instance.start(now)
+        self.heap.push(end, COMPLETION, (place, instance.version))
