@@ -140,7 +140,7 @@ def test_what_never_fits_ends_with_an_error_and_harms_nobody():
 def test_prefix_aware_finds_what_round_robin_spreads():
     requests = []
     for i in range(120):
-        prompt = [1000 + i % 6] * 40 + [i] * 8
+        prompt = [1000 + i % 7] * 40 + [i] * 8
         requests.append(request(i, i * 0.05, prompt, 4))
     hits = {
         router: sum(r.cached for r in simulate(requests, 4, router, pages=60).records)
