@@ -15,6 +15,7 @@ class Continuous(Part):
     """Decodes first, then prompts that have begun, then new requests in order."""
 
     name, kind, paper = "continuous", "scheduler", "2403.02310"
+    coasts = True
     needs = frozenset({Cap.PAGED_KV})
     regime = "The default for every load. Pure prefill throughput gains nothing from it."
 

@@ -145,6 +145,11 @@ class ControlPlane:
         """Whether any sequence waits or runs, or the executor has rows to forget."""
         return bool(self.seqs or self._gone)
 
+    @property
+    def has_left(self) -> bool:
+        """Whether the next plan must tell the executor of sequences that left."""
+        return bool(self._gone)
+
     # the step
 
     def plan(self, now: float) -> StepPlan:
@@ -185,6 +190,13 @@ class ControlPlane:
             elif extra is not None:
                 progress.append(Progress(seq, [], None, None, extra))
         return progress
+
+    def skip(self, steps: int) -> None:
+        """Count decode steps of every running sequence that were taken at once (`coast`)."""
+        self._step += steps
+        self._count.output_tokens += steps * len(self.queues.running)
+        for seq in self.queues.running:
+            seq.planned_step = self._step - 1
 
     def _commit(
         self, seq: Seq, tokens: list[int], extra: SpanResult | None, now: float

@@ -13,6 +13,7 @@ class Orca(Part):
     """Admit while the whole of every running request, output included, fits."""
 
     name, kind, paper = "orca", "scheduler", "OSDI'22"
+    coasts = True
     needs = frozenset({Cap.PAGED_KV})
     regime = "A baseline: no preemption. Loses batch size to reservations that outputs never fill."
 

@@ -12,6 +12,7 @@ class PrefillFirst(Part):
     """Whole prompts before any decode."""
 
     name, kind, paper = "prefill-first", "scheduler", "2309.06180"
+    coasts = True
     needs = frozenset({Cap.PAGED_KV})
     regime = "A baseline: throughput without a TPOT target. Loses on tail time between tokens."
 

@@ -11,6 +11,7 @@ class Static(Part):
     """Admit only when nothing runs."""
 
     name, kind = "static", "scheduler"
+    coasts = True
     needs = frozenset({Cap.PAGED_KV})
     regime = "A baseline. Loses everywhere but on equal lengths that arrive together."
 
