@@ -13,8 +13,6 @@ from kvarn.core.part import Cap, Part, find, solve
 from kvarn.core.validate import Limits
 from kvarn.kernels import native
 from kvarn.kernels.collective import ALONE, Collective
-from kvarn.kv.manager import KVManager
-from kvarn.kv.prefix import PrefixIndex
 from kvarn.kv.sizing import bytes_of, pages_by_group, pages_for_bytes
 from kvarn.models.fit import GIB, free_memory
 from kvarn.models.load import Model, load
@@ -25,6 +23,7 @@ from kvarn.runner.grammar import GrammarCompiler
 from kvarn.runner.memory import Ledger
 from kvarn.runner.sampler import Sampler
 from kvarn.runner.warm import decode_step
+from kvarn.schedule.build import build_control
 from kvarn.schedule.control import Capacity, ControlPlane
 
 KV_SHARE = {"cpu": 0.25, "cuda": 0.95}  #: of the free memory, where kv_memory is not given
@@ -132,9 +131,13 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
         for n_seqs in (config.max_seqs, 1):  # the largest first: all graphs share its memory
             decode_step(runner, n_seqs)
         seconds["graphs"] = time.perf_counter() - began
-    control = ControlPlane(
-        parts["scheduler"](),
-        KVManager(groups, pages, config.page_size, _prefix_index(config, groups, parts)),
+    control = build_control(
+        groups,
+        pages,
+        config.page_size,
+        config.scheduler,
+        config.prefix,
+        config.evict,
         Capacity(config.budget, config.max_seqs, config.max_len, config.max_queue),
     )
     limits = Limits(
@@ -192,16 +195,6 @@ def _best_attention(deterministic: bool, here: Cap) -> tuple[str, str, str]:
     if deterministic:
         return "invariant", "derived", "the same bits in any batch, in plain torch"
     return "cpu", "device", f"plain torch: {native.reason()}"
-
-
-def _prefix_index(
-    config: EngineConfig, groups: list[GroupSpec], parts: dict[str, Any]
-) -> PrefixIndex | None:
-    if "prefix" not in parts:
-        return None
-    windows = [group.window for group in groups]
-    index: PrefixIndex = parts["prefix"](config.page_size, windows, parts["evict"]())
-    return index
 
 
 def _choose_step(resolved: Resolved, device: torch.device, captured: bool) -> None:

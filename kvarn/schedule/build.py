@@ -1,0 +1,32 @@
+"""The control plane of an engine from plain data: the same for the engine, simulator and replay."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from kvarn.core.model import GroupSpec
+from kvarn.core.part import find
+from kvarn.kv.evict import Evict
+from kvarn.kv.manager import KVManager
+from kvarn.kv.prefix import PrefixIndex
+from kvarn.schedule import Scheduler
+from kvarn.schedule.control import Capacity, ControlPlane
+
+
+def build_control(
+    groups: Sequence[GroupSpec],
+    pages: Sequence[int],
+    page_size: int,
+    scheduler: str,
+    prefix: str,
+    evict: str,
+    capacity: Capacity,
+) -> ControlPlane:
+    """Parts by name (`prefix` may be "none"); unknown names are errors that say the nearest."""
+    index: PrefixIndex | None = None
+    if prefix != "none":
+        windows = [group.window for group in groups]
+        policy = cast(Evict, find("evict", evict)())
+        make: Any = find("prefix", prefix)  # what its constructor takes, the registry does not know
+        index = make(page_size, windows, policy)
+    kv = KVManager(groups, pages, page_size, index)
+    return ControlPlane(cast(Scheduler, find("scheduler", scheduler)()), kv, capacity)
