@@ -80,9 +80,10 @@ def lower_bounds(
     ]
     if max_seqs is not None:
         resources.append(([(w.at, w.run) for w in work], float(max_seqs)))
-    alone = sum(w.run for w in work)
-    e2e = max(alone, *(srpt_flow(load, speed) for load, speed in resources)) / n
-    prefill = srpt_flow([(w.at, w.prefill) for w in work], peak_tokens_per_s)
+    prefill = srpt_flow([(w.at, w.prefill) for w in work], peak_tokens_per_s) / n
+    ttft = max(seconds_per_round, prefill)
+    decode = sum(r.n_out - 1 for r in ordered) * seconds_per_round / n
+    e2e = max(ttft + decode, *(srpt_flow(load, speed) / n for load, speed in resources))
     makespan = max(
         max(w.at + w.run for w in work) - work[0].at,
         *(_span(load, speed) for load, speed in resources),
@@ -91,7 +92,7 @@ def lower_bounds(
     rates = [speed * n / total for load, speed in resources if (total := sum(v for _, v in load))]
     bounds = {
         "mean_e2e": e2e,
-        "mean_ttft": max(seconds_per_round, prefill / n),
+        "mean_ttft": ttft,
         "makespan": makespan,
         "output_tokens_per_s": sum(r.n_out for r in ordered) / makespan,
         "requests_per_s": n / makespan,

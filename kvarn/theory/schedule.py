@@ -204,6 +204,6 @@ class _Programme:
     def bound(self, found: Any, integral: bool) -> float:
         """The proven bound of the objective; raises `ConfigError` when there is none."""
         proven = found.mip_dual_bound if integral else found.fun
-        if proven is None:
+        if proven is None or (not integral and found.status != 0):
             raise ConfigError(f"the solver gave no bound ({found.message}); allow more seconds")
         return float(proven)

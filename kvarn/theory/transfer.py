@@ -40,7 +40,7 @@ def layerwise_finish(prefill: float, layers: int, layer_transfer: float) -> floa
 def is_hidden(kv_bytes: float, prefill_tokens_per_s: float, bandwidth: float) -> bool:
     """Whether layer-wise sending ends one layer's transfer after the prefill, which is the least.
 
-    x <= tau says kappa n / (L BW) <= n / (L rate), hence BW >= kappa rate, whatever n and L.
+    x <= tau says kappa n / (L BW) <= n / (L rate), hence BW >= kappa rate, whatever n and L > 1.
     """
     return bandwidth >= kv_bytes * prefill_tokens_per_s
 
