@@ -2,8 +2,9 @@
 
 Nothing here knows a policy, so each bound holds for all of them, with batching, chunked prefill,
 preemption, prefix sharing and any routing. They assume exact attention (every answer token attends
-to its whole context in memory), one token per request and step (no speculation), and that every
-request ends with all its tokens.
+to its whole context in memory), one token per request and step (no speculation), that every
+request ends with all its tokens, and that equal `blocks` are all that requests can share (a prompt
+does not reuse the KV of an earlier answer).
 """
 
 from collections import Counter
@@ -67,7 +68,8 @@ def lower_bounds(
 
     Keys: `mean_e2e`, `mean_ttft`, `makespan` [s, lower bounds]; `output_tokens_per_s`,
     `requests_per_s` over the run and `stable_requests_per_s` for endless load [upper bounds];
-    `hit_rate_unlimited` (any order), `hit_rate` (order of arrival, fleet-wide) [upper bounds].
+    `hit_rate_unlimited` (any order of service), `hit_rate` (the one exception: for service in
+    order of arrival, the fleet's memory as one cache) [upper bounds].
     """
     _check(requests, kv_tokens, seconds_per_round, peak_tokens_per_s, max_seqs)
     ordered = sorted(requests, key=lambda r: r.at)

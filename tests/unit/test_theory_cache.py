@@ -1,8 +1,12 @@
 """Cache bounds against every possible policy on tiny traces, and against LRU."""
 
+import gzip
 import itertools
+import json
+import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -95,6 +99,24 @@ def test_loop_where_lru_gets_nothing() -> None:
     prompts = [[k % 4] for k in range(40)]
     assert lru_hits(prompts, 3, 1) == 0
     assert belady_hits(prompts, 3, block_size=1).hit == 27  # 3 of 4, but for the first sights
+
+
+TRACES = Path(os.environ.get("KVARN_TRACES", Path(__file__).parents[3] / "shared" / "traces"))
+MOONCAKE = TRACES / "mooncake_conversation_trace.jsonl.gz"
+
+
+@pytest.mark.skipif(not MOONCAKE.exists(), reason="needs the Mooncake trace")
+def test_mooncake_reuse() -> None:
+    with gzip.open(MOONCAKE, "rt") as lines:
+        rows = [json.loads(line) for line in lines]
+    prompts = [row["hash_ids"] for row in rows]
+    every = unlimited_hits(prompts, block_size=512)
+    distinct = len({block for prompt in prompts for block in prompt})
+    assert every.hit == every.total - 512 * distinct
+    assert every.rate == pytest.approx(0.366, abs=5e-4)  # of blocks: the README of the traces
+    for blocks in (200, 2000, 20000):
+        best = belady_hits(prompts, 512 * blocks, block_size=512).hit
+        assert lru_hits(prompts, blocks, 512) < best < every.hit or best == every.hit
 
 
 def test_refusals() -> None:
