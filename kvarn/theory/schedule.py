@@ -100,7 +100,8 @@ def best_latency(
     A `horizon` shorter than `safe_horizon` keeps it small: a job may then also start "at or after"
     the horizon at the price of the horizon and for no memory, so `bound` stays a bound, and
     `value` is None if the solution uses that way out. After `seconds` the bound proven so far is
-    returned. Practical to about 50 jobs. Raises `ConfigError` without scipy.
+    returned. Practical for about 50 jobs that are short against the memory, or about 10 that fill
+    half of it each: there the relaxation is loose. Raises `ConfigError` without scipy.
     """
     check_jobs(jobs, memory)
     if not jobs:
