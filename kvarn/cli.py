@@ -1,4 +1,4 @@
-"""`kvarn serve | chat | generate | bench | parts | explain | pull`.
+"""`kvarn serve | chat | generate | bench | sim | parts | explain | pull`.
 
 Commands import what they need when they run: `kvarn --help` loads no model code. Exit codes: 0
 done, 1 failed, 2 wrong usage, 130 interrupted. What kvarn refuses is one line on stderr.
@@ -14,6 +14,7 @@ import typer
 from kvarn import __version__
 from kvarn.cli_bench import add_bench
 from kvarn.cli_options import chosen, takes
+from kvarn.cli_sim import add_sim
 from kvarn.core.config import EngineConfig
 from kvarn.core.errors import ConfigError, KvarnError, RequestError
 from kvarn.core.request import SamplingParams
@@ -94,6 +95,7 @@ def build() -> typer.Typer:
     for command in (_serve(), _chat(), _generate(), _explain(), _parts, _pull):
         app.command(command.__name__.strip("_"))(command)
     add_bench(app)
+    add_sim(app)
     return app
 
 

@@ -95,3 +95,50 @@ class Startup:
 
     repeats: int = option(3, "fresh processes; medians count")
     timeout: float = option(600.0, "of one process", "s")
+
+
+@dataclass(slots=True)
+class Fleet:
+    """What a simulated cluster is made of: equal instances of one model behind a router."""
+
+    model: str = option("llama-3.1-8b", "a named shape, or a folder or file with config.json")
+    device: str = option("H100", "of each rank: H100, H200, A100-80G, L40S, ... or CPU")
+    instances: int = option(1, "engines behind the router")
+    router: str = option("round_robin", "round_robin, least_loaded, prefix_aware")
+    tp: int = option(1, "devices of an instance (tensor parallelism)")
+    cost: str = option("roofline", "price of steps: roofline, table, fitted")
+    table: str | None = option(None, "measurements for --cost table or fitted (docs/cost-model.md)")
+    dtype: str = option("bfloat16", "of weights and activations")
+    quantization: str = option("none", "of the weights: none, int8, int4, fp8")
+    kv_dtype: str = option("auto", "of the KV cache: auto (as the activations), fp8")
+    max_len: int = option(0, "longest sequence; 0: the model's own limit", "tokens")
+    max_seqs: int = option(256, "sequences that an instance runs at once")
+    budget: int = option(8192, "positions computed in one step", "tokens")
+    max_queue: int = option(1 << 30, "requests that may wait at an instance before refusal")
+    page_size: int = option(0, "positions of a page; 0: the trace's blocks, else 16", "tokens")
+    pages: int = option(0, "KV pages, as an engine measured them; 0: by formula")
+    scheduler: str = option("continuous", "part that forms the batch of each step")
+    prefix: str = option("hash", "prefix index: hash, radix, none")
+    evict: str = option("lru", "which cached prefix goes first: lru, lfu")
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What a simulated cluster is asked, and how it is judged."""
+
+    trace: str | None = option(None, "a recorded trace (docs/workloads.md) instead of a data set")
+    skip_bad: bool = option(False, "leave out malformed rows of the trace, and count them")
+    limit: int = option(0, "only the first requests of the trace; 0: all")
+    request_rate: float = option(
+        math.inf, "mean rate of a data set; inf: all at once", "requests/s"
+    )
+    burstiness: float = option(
+        1.0, "shape of the gamma intervals: 1 is Poisson, below 1 burstier, inf a fixed interval"
+    )
+    goodput: tuple[str, ...] = option((), "targets such as ttft:200 tpot:50 e2el:2000", "ms")
+    percentiles: tuple[float, ...] = option((50.0, 90.0, 95.0, 99.0), "reported percentiles")
+    label: str | None = option(None, "name of this run, kept in the result")
+    detailed: bool = option(False, "keep one entry a request: times, and why it went where it went")
+    perfetto: str | None = option(
+        None, "write every instance's steps to this file (ui.perfetto.dev)"
+    )

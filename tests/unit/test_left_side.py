@@ -10,8 +10,9 @@ LEFT = """
         sys.modules[name] = None
     import importlib.util, pathlib
     root = pathlib.Path(importlib.util.find_spec("kvarn").origin).parent
-    left = ["core", "schedule", "kv/prefix", "kv/evict"]
-    names = ["kvarn.kv.manager", "kvarn.kv.sizing"]
+    left = ["core", "cost", "theory", "workload", "schedule", "kv/prefix", "kv/evict",
+            "cluster/router", "sim"]
+    names = ["kvarn.kv.manager", "kvarn.kv.sizing", "kvarn.cluster.fleet", "kvarn.cluster.routing"]
     for folder in left:
         for file in sorted((root / folder).glob("*.py")):
             module = "kvarn." + folder.replace("/", ".")

@@ -1,0 +1,288 @@
+"""`kvarn sim`: what a fleet would do, in virtual time, under the names of `bench serve`'s results.
+
+The fleet is described by data only: a named shape or a config.json, a device, a cost model. Pages
+are what `--pages` says (the number that a real engine measured) or what a formula leaves beside the
+weights; the result says which.
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any, cast
+
+from kvarn.bench import metrics, record
+from kvarn.bench.arrivals import arrival_times
+from kvarn.bench.client import Sample
+from kvarn.bench.options import Fleet, Traffic, Workload
+from kvarn.bench.prompts import make_jobs
+from kvarn.bench.stats import label
+from kvarn.cluster import fleet
+from kvarn.cluster.router import Router
+from kvarn.cluster.routing import Routing
+from kvarn.core.errors import ConfigError
+from kvarn.core.model import ModelSpec
+from kvarn.core.part import find
+from kvarn.core.request import Request, SamplingParams
+from kvarn.cost.build import cost_model, kv_capacity
+from kvarn.cost.shape import CostModel
+from kvarn.kv.sizing import pages_by_group, pages_for_bytes
+from kvarn.models.hf_config import spec_from_config
+from kvarn.models.json_file import read_json
+from kvarn.models.shapes import named_shape
+from kvarn.schedule.build import build_control
+from kvarn.schedule.control import Capacity, ControlPlane
+from kvarn.sim.heap import NS
+from kvarn.sim.instance import Instance
+from kvarn.sim.run import Outcome, Record, Tally
+from kvarn.sim.simulation import Simulation
+from kvarn.workload.load import open_trace
+from kvarn.workload.tokens import block_tokens
+from kvarn.workload.trace import Trace, TraceRequest
+from kvarn.workload.transform import limit, time_warp
+
+UNLIMITED = 1 << 40  #: pages that no memory bounds
+MOST_GAPS = 20_000_000  #: tokens beyond which gaps are kept as counts only
+
+
+@dataclass(slots=True)
+class Simulated:
+    """A result as `bench serve` writes it, and what it came from."""
+
+    result: dict[str, Any]
+    outcome: Outcome
+    trace: Trace
+
+
+def run(fleet_: Fleet, work: Workload, traffic: Traffic) -> Simulated:
+    """Simulate a fleet under a load."""
+    spec = find_spec(fleet_.model)
+    trace = find_trace(work, traffic)
+    began = time.perf_counter()
+    outcome = simulate(fleet_, spec, trace, traffic.perfetto is not None)
+    result = report(fleet_, work, traffic, trace, outcome)
+    result["wall_seconds"] = time.perf_counter() - began
+    return Simulated(result, outcome, trace)
+
+
+def find_spec(model: str) -> ModelSpec:
+    """The shape of a model: a folder or file with its config, or a name."""
+    path = Path(model)
+    if path.is_dir():
+        path = path / "config.json"
+    return spec_from_config(read_json(path), model) if path.is_file() else named_shape(model)
+
+
+def find_trace(work: Workload, traffic: Traffic) -> Trace:
+    """The requests: a file's, or a data set's with arrivals at the given rate."""
+    if traffic.trace is not None:
+        trace = open_trace(traffic.trace, skip_bad=traffic.skip_bad)
+        if work.speed != 1.0:
+            trace = time_warp(trace, work.speed)
+        return limit(trace, traffic.limit) if traffic.limit else trace
+    jobs = make_jobs(work)
+    rate = traffic.request_rate
+    times = arrival_times(len(jobs), rate, traffic.burstiness, Random(f"arrivals {work.seed}"))
+    requests = []
+    for i, (job, at) in enumerate(zip(jobs, times, strict=True)):
+        turn = job.turns[0]
+        if len(job.turns) > 1 or isinstance(turn.prompt, str):
+            raise ConfigError(
+                f"data set {work.dataset!r} has turns or texts, which a simulation cannot "
+                f"tokenise; give a trace file, or data set random or shared-prefix"
+            )
+        requests.append(
+            TraceRequest(str(i), at, len(turn.prompt), turn.n_output, tuple(turn.prompt))
+        )
+    return Trace(f"synthetic-{work.dataset}", tuple(requests), 1)
+
+
+def simulate(
+    fleet_: Fleet, spec: ModelSpec, trace: Trace, keep_steps: bool = False,
+    cost: CostModel | None = None,
+) -> Outcome:  # fmt: skip
+    """Run a trace through the fleet, priced by its own cost model or by `cost`."""
+    if fleet_.instances < 1:
+        raise ConfigError(f"instances must be at least 1, got {fleet_.instances}")
+    cost = cost or price_list(fleet_, spec)
+    tokens = sum(one.n_out for one in trace)
+    tally = Tally(steps=[] if keep_steps else None, keep_gaps=tokens <= MOST_GAPS)
+    instances = [
+        Instance(f"{spec.name}-{i}", make_control(fleet_, spec, trace), cost, tally)
+        for i in range(fleet_.instances)
+    ]
+    policy = Routing(make_router(fleet_, trace), fleet.Fleet(fleet_.instances))
+    return Simulation(requests_of(trace), instances, policy, tally).run()
+
+
+def price_list(fleet_: Fleet, spec: ModelSpec) -> CostModel:
+    """The cost model of one instance."""
+    return cost_model(
+        spec,
+        device=fleet_.device,
+        tp=fleet_.tp,
+        dtype=fleet_.dtype,
+        quantization=fleet_.quantization,
+        kv_dtype=fleet_.kv_dtype,
+        source=fleet_.cost,
+        table=fleet_.table,
+    )
+
+
+def page_size_of(fleet_: Fleet, trace: Trace) -> int:
+    """Positions of a page: what was asked, else the trace's own blocks, else the engine's 16."""
+    blocks = any(request.blocks for request in trace.requests[:100])
+    return fleet_.page_size or (trace.block_size if blocks and trace.block_size > 1 else 16)
+
+
+def make_control(fleet_: Fleet, spec: ModelSpec, trace: Trace) -> ControlPlane:
+    """The control plane of one instance, as the engine would build it."""
+    groups, size = spec.groups(), page_size_of(fleet_, trace)
+    full = fleet_.pages or pages_by_formula(fleet_, spec, size)
+    pages = pages_by_group(groups, full, size, fleet_.budget, fleet_.max_seqs)
+    longest = min(fleet_.max_len or spec.max_len, full * size)
+    capacity = Capacity(fleet_.budget, fleet_.max_seqs, longest, fleet_.max_queue)
+    return build_control(
+        groups, pages, size, fleet_.scheduler, fleet_.prefix, fleet_.evict, capacity
+    )
+
+
+def pages_by_formula(fleet_: Fleet, spec: ModelSpec, size: int) -> int:
+    """Pages in the memory beside the weights, where no engine measured them."""
+    memory = kv_capacity(
+        spec, device=fleet_.device, tp=fleet_.tp, dtype=fleet_.dtype,
+        quantization=fleet_.quantization,
+    )  # fmt: skip
+    wide = 1 if fleet_.kv_dtype == "fp8" else 4 if fleet_.dtype == "float32" else 2
+    pages = pages_for_bytes(
+        spec.groups(), memory, size, wide, fleet_.budget, fleet_.max_seqs, UNLIMITED
+    )
+    if pages < 1:
+        raise ConfigError(
+            f"{spec.name} leaves no memory for KV on {fleet_.tp} x {fleet_.device}; raise tp, or "
+            f"take a smaller number format"
+        )
+    return pages
+
+
+def make_router(fleet_: Fleet, trace: Trace) -> Router:
+    """The router by name; a prefix-aware one thinks in the trace's pages."""
+    part: Any = find("router", fleet_.router)
+    if fleet_.router == "prefix_aware":
+        part = part(block=max(page_size_of(fleet_, trace), 16))
+    else:
+        part = part()
+    return cast(Router, part)
+
+
+def requests_of(trace: Trace) -> Iterator[Request]:
+    """Requests of the engine, one at a time: a long trace's prompts never lie in memory at once."""
+    first = trace.requests[0].at if trace.requests else 0.0
+    for one in trace:
+        params = SamplingParams(max_tokens=max(1, one.n_out), ignore_eos=True, temperature=0.0)
+        prompt = block_tokens(one, trace.block_size)
+        yield Request(one.id, prompt, params, arrival=one.at - first, session=one.session)
+
+
+def report(
+    fleet_: Fleet, work: Workload, traffic: Traffic, trace: Trace, outcome: Outcome
+) -> dict[str, Any]:
+    """The result under `bench serve`'s names, and what only a simulation knows."""
+    samples = [sample_of(one) for one in outcome.records]
+    done = [one for one in outcome.records if one.end is not None]
+    duration = max((one.end or 0 for one in done), default=outcome.end) / NS or 1.0
+    goodput = metrics.parse_goodput(traffic.goodput)
+    result = record.header("sim", workload_of(work, traffic, trace), asdict(fleet_))
+    result |= {
+        "label": traffic.label,
+        "model_id": fleet_.model,
+        "num_prompts": len(trace),
+        "request_rate": "inf" if math.isinf(traffic.request_rate) else traffic.request_rate,
+        "burstiness": traffic.burstiness,
+        "max_concurrency": None,
+        **metrics.whole_run(samples, duration, traffic.percentiles, goodput),
+        "steady": metrics.steady_window(samples, duration, traffic.percentiles),
+        "error_counts": dict(Counter(s.error for s in samples if not s.ok).most_common(20)),
+        **engine_side(fleet_, outcome, done, duration),
+    }
+    if sum(outcome.gaps.values()) > MOST_GAPS:
+        why = f"more than {MOST_GAPS} tokens: the gaps between them were counted, not kept"
+        result |= token_gaps(outcome.gaps, traffic.percentiles)
+        result["steady"] = {"start": None, "end": None, "why_empty": why}
+    if traffic.detailed:
+        result |= metrics.detailed(samples)
+        result["routing"] = [(one.instance, one.why) for one in outcome.records]
+    return result
+
+
+def engine_side(
+    fleet_: Fleet, outcome: Outcome, done: list[Record], duration: float
+) -> dict[str, Any]:
+    """What a client cannot see: cache hits, preemptions, energy, and how well time is known."""
+    prompts = sum(one.n_in for one in done)
+    seconds = sum(one.busy for one in outcome.instances) / NS
+    unmeasured = sum(one.unmeasured for one in outcome.instances)
+    sent = Counter(one.instance for one in outcome.records if one.instance >= 0)
+    return {
+        "prefix_hit_rate": sum(one.cached for one in done) / prompts if prompts else 0.0,
+        "preemptions": sum(one.control.stats().preemptions for one in outcome.instances),
+        "energy_j": outcome.joules,
+        "utilisation": seconds / (fleet_.instances * duration),
+        "steps": sum(one.control.stats().steps for one in outcome.instances),
+        "pages": outcome.instances[0].control.kv.pages[0],
+        "pages_source": "given" if fleet_.pages else "formula",
+        "page_size": outcome.instances[0].control.kv.page_size,
+        "cost_model": outcome.instances[0].cost.name,
+        "measured_share": 1.0 - unmeasured / seconds if seconds else 0.0,
+        "requests_by_instance": [sent[i] for i in range(fleet_.instances)],
+    }
+
+
+def workload_of(work: Workload, traffic: Traffic, trace: Trace) -> dict[str, Any]:
+    """What must agree for two results to be comparable, the trace's history included."""
+    about = {
+        "trace": trace.name,
+        "chain": list(trace.chain),
+        "skipped": trace.skipped,
+        "requests": len(trace),
+    }
+    if traffic.trace is not None:
+        return about
+    rate = traffic.request_rate
+    return asdict(work) | about | {
+        "request_rate": "inf" if math.isinf(rate) else rate, "burstiness": traffic.burstiness,
+    }  # fmt: skip
+
+
+def sample_of(one: Record) -> Sample:
+    """A record as the load generator's clients report requests."""
+    sample = Sample(0, one.arrival / NS, 0.0, one.n_in, one.n_out, one.cached)
+    if one.end is None or one.first is None:
+        sample.error = one.error or "did not complete"
+    else:
+        sample.ttft = (one.first - one.arrival) / NS
+        sample.latency = (one.end - one.arrival) / NS
+        sample.itl = one.gaps.tolist()
+    return sample
+
+
+def token_gaps(gaps: Counter[int], percentiles: tuple[float, ...]) -> dict[str, float]:
+    """ITL of all tokens from their counts by gap [us]: exact to a microsecond."""
+    total = sum(gaps.values())
+    mean = sum(gap * n for gap, n in gaps.items()) / total if total else 0.0
+    spread = sum(n * (gap - mean) ** 2 for gap, n in gaps.items()) / total if total else 0.0
+    found = {"mean_itl_ms": mean / 1000, "std_itl_ms": math.sqrt(spread) / 1000}
+    ordered = sorted(gaps.items())
+    shares = {"median": 50.0} | {label(share): share for share in percentiles}
+    for name, share in shares.items():
+        at, seen = (total - 1) * share / 100, 0
+        found[f"{name}_itl_ms"] = 0.0
+        for gap, n in ordered:
+            seen += n
+            if seen > at:
+                found[f"{name}_itl_ms"] = gap / 1000
+                break
+    return found
