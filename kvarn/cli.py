@@ -14,6 +14,7 @@ import typer
 from kvarn import __version__
 from kvarn.cli_bench import add_bench
 from kvarn.cli_options import chosen, takes
+from kvarn.cli_profile import add_profile
 from kvarn.cli_sim import add_sim
 from kvarn.core.config import EngineConfig
 from kvarn.core.errors import ConfigError, KvarnError, RequestError
@@ -95,6 +96,7 @@ def build() -> typer.Typer:
     for command in (_serve(), _chat(), _generate(), _explain(), _parts, _pull):
         app.command(command.__name__.strip("_"))(command)
     add_bench(app)
+    add_profile(app)
     add_sim(app)
     return app
 

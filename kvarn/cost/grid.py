@@ -109,6 +109,15 @@ class Grid:
         return seconds * max(1.0, self.sol(query) / least), False
 
 
+def line(points: Iterable[tuple[Point, float]]) -> SOL:
+    """A straight line through the first and the last of points on one axis, to go on along."""
+    ordered = sorted(points)
+    (first,), start = ordered[0]
+    (last,), end = ordered[-1]
+    slope = (end - start) / (last - first) if last > first else 0.0
+    return lambda point: start + slope * (point[0] - first)
+
+
 def _moved(query: Point, level: int, value: float) -> Point:
     return (*query[:level], value, *query[level + 1 :])
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kvarn.core.errors import ConfigError
 from kvarn.core.model import ModelSpec
-from kvarn.cost.grid import Grid, Point
+from kvarn.cost.grid import Grid, Point, line
 from kvarn.cost.shape import Chunk, Estimate, StepShape
 from kvarn.cost.table_files import Row, number, rows
 
@@ -27,7 +27,7 @@ ONCE = ("embedding", "final_layernorm")
 #: (layers, hidden, MLP, heads, KV heads, vocabulary) of the models that file names speak of
 SHAPES = {"llama31_8b": (32, 4096, 14336, 32, 8, 128256)}
 
-Bucket = tuple[int, int, int, int, int]
+Bucket = tuple[int, ...]
 
 
 class LayerTables:
@@ -55,8 +55,9 @@ class LayerTables:
         self._dense = _dense(folder / f"{prefix}dense.csv.gz", spec.n_layers)
         path = folder / f"{prefix}per_sequence.csv.gz"
         by_layer = _by_layer(rows(path), "sequences", path)
-        self._head = Grid(f"lm_head of {path.name}", ("sequences",), by_layer["lm_head"], _size)
-        self._sampler = Grid(f"sampler of {path.name}", ("sequences",), by_layer["sampler"], _size)
+        head, sampler = by_layer["lm_head"], by_layer["sampler"]
+        self._head = Grid(f"lm_head of {path.name}", ("sequences",), head, line(head))
+        self._sampler = Grid(f"sampler of {path.name}", ("sequences",), sampler, line(sampler))
         self._attention = attention_grid(folder / f"{prefix}attention.csv.gz", spec)
         self._skew = Skew(folder / f"{prefix}skew_fit.csv.gz")
 
@@ -129,7 +130,7 @@ class Skew:
         """
         values = (rows, n, 100 * rate, longest, past)
         key = tuple(_ceiling(marks, value) for marks, value in zip(self._marks, values))
-        found = self._alpha.get(key)  # type: ignore[call-overload]
+        found = self._alpha.get(key)
         return found if found is not None else self._median[key[0]]
 
 
@@ -160,7 +161,16 @@ def attention_grid(path: Path, spec: ModelSpec) -> Grid:
         (tuple(number(row, name, path) for name in names), number(row, "time_us", path) / 1e6)
         for row in rows(path)
     ]
-    return Grid(f"attention of {path.name}", names, points, sol)
+    return Grid(f"attention of {path.name}", names, _planes(points), sol)
+
+
+def _planes(points: list[tuple[Point, float]]) -> list[tuple[Point, float]]:
+    """Points of the (rows, past) that were swept over decodes; strays would stop the others."""
+    planes: dict[Point, list[tuple[Point, float]]] = {}
+    for point, seconds in points:
+        planes.setdefault(point[:2], []).append((point, seconds))
+    usual = statistics.median(len(plane) for plane in planes.values())
+    return [item for plane in planes.values() if 2 * len(plane) > usual for item in plane]
 
 
 #: operations per byte at which these GPUs are balanced, per pair of a group of four query heads:
@@ -172,10 +182,8 @@ def _dense(path: Path, n_layers: int) -> Grid:
     """All dense layers of a step by tokens."""
     by_layer = _by_layer(rows(path), "tokens", path)
     total: dict[Point, float] = {}
-    for name, times in [
-        *((n, t * n_layers) for n, t in PER_LAYER.items()),
-        *((n, 1) for n in ONCE),
-    ]:
+    often = {name: times * n_layers for name, times in PER_LAYER.items()}
+    for name, times in (often | dict.fromkeys(ONCE, 1)).items():
         if name not in by_layer:
             raise ConfigError(f"{path} has no layer {name!r}; it has: {', '.join(by_layer)}")
         for point, seconds in by_layer[name]:

@@ -48,7 +48,7 @@ def figures(path: Path) -> dict[str, float]:
     except OSError as error:
         raise ConfigError(f"cannot read the system file {path}: {error.strerror}") from None
     for line in lines:
-        name, colon, value = line.partition("#")[0].partition(":")
+        name, _, value = line.partition("#")[0].partition(":")
         try:
             found[name.strip()] = float(value)
         except ValueError:

@@ -10,7 +10,7 @@ import statistics
 from pathlib import Path
 
 from kvarn.core.errors import ConfigError
-from kvarn.cost.grid import Grid, Point
+from kvarn.cost.grid import Grid, Point, line
 from kvarn.cost.shape import Estimate, StepShape
 from kvarn.cost.table_files import number, rows
 
@@ -40,12 +40,14 @@ class TokenTables:
         token: dict[Point, list[float]] = {}
         for row in found:
             batch = number(row, "batch_size", path)
-            tokens = (batch * number(row, "prompt_size", path),)
-            prompt.setdefault(tokens, []).append(number(row, "prompt_time", path) / 1000)
+            key = (batch * number(row, "prompt_size", path),)
+            prompt.setdefault(key, []).append(number(row, "prompt_time", path) / 1000)
             if row["prompt_size"] == DECODE_PROMPT:
                 token.setdefault((batch,), []).append(number(row, "token_time", path) / 1000)
         self._prompt = Grid(f"prompt time of {self.name}", ("tokens",), _medians(prompt), _size)
-        self._token = Grid(f"token time of {self.name}", ("sequences",), _medians(token), _size)
+        self._token = Grid(
+            f"token time of {self.name}", ("sequences",), _medians(token), line(_medians(token))
+        )
 
     def step(self, shape: StepShape) -> Estimate:
         """Time and energy of a step; all of it stands under `linear`."""
