@@ -1,5 +1,7 @@
 """`cost_model`: the price list of an instance from the words that users say."""
 
+from pathlib import Path
+
 from kvarn.core.errors import ConfigError, nearest
 from kvarn.core.model import ModelSpec
 from kvarn.cost.devices import DEVICES, GIB, Device, find_device
@@ -7,6 +9,7 @@ from kvarn.cost.moe import MoEShape
 from kvarn.cost.precision import Precision, precision
 from kvarn.cost.roofline import Roofline
 from kvarn.cost.shape import CostModel
+from kvarn.cost.tables import from_table
 
 SOURCES = ("roofline", "table", "fitted")
 
@@ -30,21 +33,38 @@ def cost_model(
 ) -> CostModel:
     """Prices of `spec` on `tp` x `pp` devices; `dtype` and the rest as in the engine's options.
 
-    `source`: "roofline" (analytic), "table" (measured kernels) or "fitted" (steps of a run); the
-    last two read the file `table`. Raises `ConfigError` for a configuration that cannot run.
+    `source`: "roofline" (analytic), "table" (measured kernels or steps) or "fitted" (a model
+    fitted to steps); the last two read `table`, a folder or file that `from_table` knows, in which
+    `device` names a family. A file of measured steps says itself in what precision they ran, and
+    whether the model fits was settled when it was measured. `moe`, `pp` and `overlap` are of the
+    roofline alone. Raises `ConfigError` for a configuration that cannot run.
     """
     if source not in SOURCES:
         raise ConfigError(f"unknown source {source!r}{nearest(source, SOURCES)}")
     if source == "roofline" and table is not None:
         raise ConfigError("a table was given, but source='roofline' reads none; say source='table'")
+    _check_split(spec, tp, pp)
+    if source != "roofline":
+        if table is None:
+            raise ConfigError(f"source={source!r} needs a table: a folder or file of measurements")
+        if moe is not None or pp > 1:
+            raise ConfigError("no table covers pp or experts: use source='roofline' for them")
+        options = _table_options(dtype, quantization, kv_dtype) if Path(table).is_dir() else {}
+        return from_table(table, spec, device=device, tp=tp, **options)
     hardware = find_device(device)
     numbers = precision(hardware, dtype, quantization, kv_dtype)
-    _check_split(spec, tp, pp)
     _kv_room(spec, hardware, tp, pp, numbers, moe)
-    analytic = Roofline(spec, hardware, numbers, tp=tp, pp=pp, moe=moe, overlap=overlap)
-    if source == "roofline":
-        return analytic
-    raise ConfigError(f"source={source!r} is not built in yet; use source='roofline'")
+    return Roofline(spec, hardware, numbers, tp=tp, pp=pp, moe=moe, overlap=overlap)
+
+
+def _table_options(dtype: str, quantization: str, kv_dtype: str) -> dict[str, str]:
+    """The precision as words of the kernel tables, where it is not what they hold anyway."""
+    options = {}
+    if (dtype, quantization) != ("bfloat16", "none"):
+        options["gemm"] = dtype if quantization == "none" else quantization
+    if kv_dtype != "auto":
+        options["kv"] = kv_dtype
+    return options
 
 
 def kv_capacity(

@@ -2,7 +2,8 @@
 
 With k transfers under way each goes at a k-th of the speed (processor sharing); two that start
 together take twice as long each. The link is held for the bytes and for every piece of a transfer;
-the latency after them passes beside other transfers and holds nothing.
+the latency after them passes beside other transfers and holds nothing. A transfer leaves on a
+whole nanosecond, so each may cost the link up to one.
 """
 
 import heapq
@@ -96,7 +97,7 @@ class SharedLink:
         if now < self._now:
             raise ValueError(f"{now} ns is before the link's clock ({self._now} ns)")
         while self._queue and (end := self._leaves()) <= now:
-            self._service = self._queue[0][0]
+            self._service += (end - self._now) * _FINE // len(self._queue)
             self._now = end
             while self._queue and self._queue[0][0] <= self._service:
                 _, id = heapq.heappop(self._queue)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -22,6 +24,7 @@ from kvarn.cost.shape import Estimate, StepShape
 from kvarn.models.hf_config import spec_from_config
 from kvarn.models.shapes import SHAPES
 
+TRACES = Path(os.environ.get("KVARN_TRACES", Path(__file__).parents[3] / "shared" / "traces"))
 LLAMA = spec_from_config(SHAPES["llama-3.1-8b"], "llama-3.1-8b")
 LLAMA_70B = spec_from_config(SHAPES["llama-3.1-70b"], "llama-3.1-70b")
 H100 = find_device("H100")
@@ -270,6 +273,9 @@ def test_precision_from_the_words_of_the_engine() -> None:
         ({"device": "h100", "tp": 0}, "at least 1"),
         ({"device": "h100", "source": "tables"}, "did you mean 'table'"),
         ({"device": "h100", "table": "x.csv"}, "source='table'"),
+        ({"device": "h100", "source": "fitted"}, "needs a table"),
+        ({"device": "h100", "source": "table", "table": "x", "pp": 2}, "no table covers pp"),
+        ({"device": "h100", "source": "table", "table": "absent.json"}, "cannot read absent.json"),
         ({"device": "l4", "dtype": "float32"}, "29.9 GiB of weights; 1 x l4 hold 21.6 GiB"),
         ({"device": "l4", "dtype": "float32"}, "tp=2, device='h100'"),
     ],
@@ -279,6 +285,21 @@ def test_impossible_configurations_say_what_would_work(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         cost_model(LLAMA, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not (TRACES / "perf").exists(), reason="the tables are not here")
+def test_tables_are_asked_for_by_the_device_and_the_words_of_the_engine() -> None:
+    folder = str(TRACES / "perf")
+    plain = cost_model(LLAMA, device="h100", source="table", table=folder)
+    codes = cost_model(
+        LLAMA, device="h100", source="table", table=folder, quantization="fp8", kv_dtype="fp8"
+    )
+    analytic = cost_model(LLAMA, device="h100")
+    shape = decode(32, 1024)
+    assert codes.step(shape).seconds < plain.step(shape).seconds
+    assert plain.step(shape).confidence > 0
+    assert plain.step(shape).linear == pytest.approx(analytic.step(shape).linear, rel=0.25)
+    assert plain.step(shape).decode == pytest.approx(analytic.step(shape).decode, rel=0.5)
 
 
 def test_70b_needs_several_h100() -> None:
