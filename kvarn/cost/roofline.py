@@ -1,8 +1,8 @@
 """`Roofline`: the time of a step from the model's shape and the device's peaks, nothing measured.
 
-Each matrix product takes the longer of its arithmetic and its memory traffic, and no kernel less
-than a launch. Known to be wrong where kernels fall far from their roofline (small batches of odd
-shapes); what it gets right is how time grows with tokens, context, ranks and precision.
+Each kernel takes the longer of its arithmetic and its memory traffic, and a launch. Known to be
+wrong where kernels fall far from their roofline (small batches of odd shapes); what it gets right
+is how time grows with tokens, context, ranks and precision.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,10 @@ from kvarn.cost.moe import MoEShape, active_experts
 from kvarn.cost.precision import Precision
 from kvarn.cost.shape import Chunk, Estimate, StepShape
 
-#: kernels of a layer besides matrix products and attention: two norms, rotation, activation
-SMALL_KERNELS = 4
+#: kernels of a layer besides matrix products and attention, after fusion (our choice)
+SMALL_KERNELS = 2
+#: kernels of attention in a layer: write the KV, attend, merge the splits (our choice)
+ATTENTION_KERNELS = 3
 
 
 @dataclass(slots=True, frozen=True)
@@ -155,7 +157,7 @@ class Roofline:
         d = self.device
         compute = flops / (d.flops[form] * d.mfu)
         memory = n_bytes / (d.bandwidth * d.mbu)
-        seconds = max(compute, memory, d.launch)
+        seconds = max(compute, memory) + d.launch
         return _Work(seconds * times, compute * times, memory * times)
 
     def _prefill(self, chunks: Sequence[Chunk], part: float) -> _Work:
@@ -173,7 +175,7 @@ class Roofline:
             in_compute = flops / (d.flops[self.precision.attention] * d.attention_mfu)
             in_memory = moved / (d.bandwidth * d.mbu)
             compute, memory = compute + in_compute, memory + in_memory
-            seconds += max(in_compute, in_memory, d.launch * layers)
+            seconds += max(in_compute, in_memory) + d.launch * ATTENTION_KERNELS * layers
         return _Work(seconds, compute, memory)
 
     def _decode(self, shape: StepShape, part: float) -> _Work:
@@ -197,7 +199,8 @@ class Roofline:
         flops = 4.0 * spec.n_heads / self.tp * spec.head_dim * layers * seen
         compute = flops / (d.flops[self.precision.attention] * d.attention_mfu)
         memory = seen * self._kv(group) / (d.bandwidth * d.mbu)
-        return _Work(max(compute, memory, d.launch * layers), compute, memory)
+        launches = d.launch * ATTENTION_KERNELS * layers
+        return _Work(max(compute, memory) + launches, compute, memory)
 
     def _kv(self, group: GroupSpec) -> float:
         """Bytes of one position in the layers of a group, on one rank."""

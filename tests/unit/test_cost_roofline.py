@@ -56,18 +56,19 @@ def test_decode_reads_weights_and_kv_once_at_peak_bandwidth() -> None:
 def test_prefill_is_two_operations_a_weight_and_causal_attention() -> None:
     got = Roofline(LLAMA, IDEAL).step(prefill((4096, 4096)))
     body = 32 * (4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
-    # the head reads its weights for one row; four small kernels a layer move the activations
+    # the head reads its weights for one row; two small kernels a layer move the activations
     head = 2 * 4096 * 128256 / 3.35e12
-    small = 32 * 4 * 2 * 4096 * 4096 * 2 / 3.35e12
+    small = 32 * 2 * 2 * 4096 * 4096 * 2 / 3.35e12
     assert got.linear == pytest.approx(2 * body * 4096 / 989e12 + head + small, rel=1e-3)
     assert got.prefill == pytest.approx(4 * 4096 * 32 * 4096 * 4097 / 2 / 989e12)
 
 
-def test_launches_are_the_floor_of_a_tiny_model() -> None:
+def test_launches_are_the_time_of_a_tiny_model() -> None:
     device = dataclasses.replace(IDEAL, launch=1.0)
     got = Roofline(TINY, device).step(ONE)
-    assert got.linear == 2 * (4 + 4) + 1  # four products and four small kernels a layer; the head
-    assert got.decode == 2
+    # four products and two small kernels a layer, the head; three kernels of attention a layer
+    assert got.linear == pytest.approx(2 * (4 + 2) + 1)
+    assert got.decode == pytest.approx(2 * 3)
 
 
 def test_positions_seen_by_rows_equal_brute_force() -> None:
@@ -84,7 +85,7 @@ def test_windows_cut_decode_attention() -> None:
 
 
 def test_unequal_contexts_cost_more_and_at_most_twice() -> None:
-    model = Roofline(LLAMA, H100, skew=0.1)
+    model = Roofline(LLAMA, IDEAL, skew=0.1)
     even = model.step(StepShape((), 4, 4000, 1000, 4)).decode
     slight = model.step(StepShape((), 4, 4000, 1500, 4)).decode
     extreme = model.step(StepShape((), 64, 64 * 1000, 60000, 64)).decode
@@ -245,7 +246,7 @@ def test_8b_on_an_h100_is_where_measurements_lie() -> None:
 
 def test_8b_decode_on_an_a100_and_on_a_4090_is_bound_by_bandwidth() -> None:
     times = [cost_model(LLAMA, device=d).step(ONE).linear for d in ("a100-80g", "rtx4090")]
-    assert times[1] / times[0] == pytest.approx(2039 / 1008, rel=0.02)
+    assert times[1] / times[0] == pytest.approx(2039 / 1008, rel=0.05)
 
 
 # -- configurations -------------------------------------------------------------------------------
@@ -294,12 +295,22 @@ def test_tables_are_asked_for_by_the_device_and_the_words_of_the_engine() -> Non
     codes = cost_model(
         LLAMA, device="h100", source="table", table=folder, quantization="fp8", kv_dtype="fp8"
     )
-    analytic = cost_model(LLAMA, device="h100")
     shape = decode(32, 1024)
     assert codes.step(shape).seconds < plain.step(shape).seconds
     assert plain.step(shape).confidence > 0
-    assert plain.step(shape).linear == pytest.approx(analytic.step(shape).linear, rel=0.25)
-    assert plain.step(shape).decode == pytest.approx(analytic.step(shape).decode, rel=0.5)
+
+
+@pytest.mark.skipif(not (TRACES / "perf").exists(), reason="the tables are not here")
+@pytest.mark.parametrize("tp", [2, 4, 8])
+@pytest.mark.parametrize("spec", [LLAMA, LLAMA_70B])
+def test_the_roofline_lies_near_measured_h100_kernels(spec: ModelSpec, tp: int) -> None:
+    folder = str(TRACES / "perf")
+    analytic = cost_model(spec, device="h100", tp=tp)
+    measured = cost_model(spec, device="h100", tp=tp, source="table", table=folder)
+    mixed = StepShape(((512, 512),), 32, 32 * 1024, 1024, 33)
+    for shape in (decode(1, 2048), decode(64, 2048), prefill((4096, 4096)), mixed):
+        got = analytic.step(shape).seconds / measured.step(shape).seconds
+        assert 0.75 < got < 1.2, shape
 
 
 def test_70b_needs_several_h100() -> None:
