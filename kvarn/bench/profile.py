@@ -95,8 +95,14 @@ def run(
     watch: Callable[[int, int], None] = lambda done, total: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
-    """Measure on a loaded engine; `watch` gets steps done and steps planned."""
+    """Measure on a loaded, idle engine; `watch` gets steps done and steps planned.
+
+    The pages of prefixes that the engine had kept are overwritten, so it forgets them.
+    """
     check(how)
+    if llm.engine.has_work:
+        raise ConfigError("a profile needs an idle engine: requests are running")
+    llm.engine.control.kv.clear(llm.engine.clock())
     most = bounds(llm)
     wanted = shapes(how, most)
     for shape in (wanted[0], wanted[len(wanted) // 2]):  # threads, allocator, kernels wake up

@@ -73,7 +73,7 @@ class Fitted:
                 setattr(out, term, getattr(out, term) + seconds)
                 inside += seconds if low <= value <= high else 0.0
         total = out.seconds
-        out.confidence = inside / total if total else 0.0
+        out.confidence = min(1.0, inside / total) if total else 0.0
         out.joules = total * self.busy_watts
         return out
 

@@ -77,7 +77,7 @@ class LayerTables:
         out.prefill, out.decode, inside = self._attend(shape)
         measured += out.prefill + out.decode if inside else 0.0
         total = out.seconds
-        out.confidence = measured / total
+        out.confidence = min(1.0, measured / total)
         out.joules = total * self.busy_watts
         return out
 
@@ -112,8 +112,7 @@ class Skew:
         names = ("n_label", "skew_rate_label", "kv_big_label", "kp_label")
         for row in rows(path):
             n, rate, big, past = (_limit(row[name]) for name in names)
-            key = (int(row["pc"]), n, rate, big, past)
-            self._alpha[key] = number(row, "alpha", path)
+            self._alpha[int(row["pc"]), n, rate, big, past] = number(row, "alpha", path)
         if not self._alpha:
             raise ConfigError(f"{path} holds no fitted alpha")
         self._marks = [sorted({key[i] for key in self._alpha}) for i in range(5)]
