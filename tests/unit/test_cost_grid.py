@@ -100,4 +100,4 @@ def test_a_query_costs_microseconds() -> None:
     points = [((2.0**n, 2.0**k), 2.0**n + k) for n in range(10) for k in range(4, 17)]
     grid = Grid("decode", ("sequences", "positions"), points)
     best = min(timeit.repeat(lambda: grid.at(33, 5000.5), number=2000, repeat=5)) / 2000
-    assert best < 20e-6, f"{best * 1e6:.1f} us a query"  # 3 us alone on a machine of 2024
+    assert best < 20e-6, f"{best * 1e6:.1f} us a query"  # loose: cores are shared

@@ -146,7 +146,7 @@ def test_a_window_bounds_what_decodes_read() -> None:
 @measured
 def test_a_decode_step_costs_microseconds(h100: KernelTables) -> None:
     best = min(timeit.repeat(lambda: h100.step(DECODE), number=500, repeat=5)) / 500
-    assert best < 60e-6, f"{best * 1e6:.1f} us a step"  # 8 us alone on a machine of 2024
+    assert best < 60e-6, f"{best * 1e6:.1f} us a step"  # loose: cores are shared
 
 
 def test_pairs_of_a_window_are_counted() -> None:
@@ -174,7 +174,7 @@ def test_products_left_out_are_met(axes: tuple[int, int, int]) -> None:
     grid = gemm_grid(PERF / f"{H100}gemm_perf.csv.gz", "bfloat16", read_peak(PERF, H100, "fp8"))
     points = [(tuple(p[i] for i in axes), t) for p, t in grid.points().items()]
     median, p90 = left_out(Grid("permuted", grid.axes, points, lambda p: 1.0), 1500)
-    assert median < 0.08 and p90 < 0.30, f"median {median:.1%}, p90 {p90:.1%}"
+    assert median < 0.06 and p90 < 0.20, f"median {median:.1%}, p90 {p90:.1%}"
 
 
 @measured
