@@ -45,6 +45,9 @@ class EngineConfig:
     attention: str = option("auto", "attention backend: auto, or a name from `kvarn parts`")
     overlap: str = option("auto", "plan the next step while one runs: auto, on, off")
     graphs: str = option("auto", "replay captured decode steps on a GPU: auto, on, off")
+    step_log: str = option(
+        "", "record every decision in this file (JSON lines; .gz is compressed), for kvarn replay"
+    )
     deterministic: bool = option(
         False, "batch-invariant: a request's tokens are bitwise the same alone and in any batch"
     )

@@ -25,6 +25,7 @@ from kvarn.runner.sampler import Sampler
 from kvarn.runner.warm import decode_step
 from kvarn.schedule.build import build_control
 from kvarn.schedule.control import Capacity, ControlPlane
+from kvarn.schedule.logged import Write
 
 KV_SHARE = {"cpu": 0.25, "cuda": 0.95}  #: of the free memory, where kv_memory is not given
 DEVICE_CAPS = {"cpu": Cap.CPU_DEVICE, "cuda": Cap.CUDA_DEVICE}
@@ -139,6 +140,7 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
         config.prefix,
         config.evict,
         Capacity(config.budget, config.max_seqs, config.max_len, config.max_queue),
+        _step_log(config, spec, groups, pages, str(device)),
     )
     limits = Limits(
         vocab=spec.vocab, max_len=config.max_len, has_tokenizer=model.tokenizer is not None
@@ -195,6 +197,24 @@ def _best_attention(deterministic: bool, here: Cap) -> tuple[str, str, str]:
     if deterministic:
         return "invariant", "derived", "the same bits in any batch, in plain torch"
     return "cpu", "device", f"plain torch: {native.reason()}"
+
+
+def _step_log(
+    config: EngineConfig, spec: ModelSpec, groups: list[GroupSpec], pages: list[int], device: str
+) -> Write | None:
+    """Where decisions are recorded, if anywhere; its first record says what decides."""
+    if not config.step_log:
+        return None
+    from kvarn.engine.steplog import open_log  # only who records needs its encoder
+
+    write = open_log(config.step_log)
+    write(
+        {
+            "call": "begin", "format": 1, "groups": groups, "pages": pages, "spec": spec,
+            "device": device, "options": config,
+        }
+    )  # fmt: skip
+    return write
 
 
 def _choose_step(resolved: Resolved, device: torch.device, captured: bool) -> None:

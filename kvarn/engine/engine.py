@@ -240,7 +240,7 @@ class Engine:
 
     def reset_prefix_cache(self) -> bool:
         """Drop every cached prefix that nobody uses; True when none is left in use."""
-        self.control.kv.clear(self.clock())
+        self.control.clear_prefixes(self.clock())
         return not self.control.queues.running
 
     def explain(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from kvarn.kv.manager import KVManager
 from kvarn.kv.prefix import PrefixIndex
 from kvarn.schedule import Scheduler
 from kvarn.schedule.control import Capacity, ControlPlane
+from kvarn.schedule.logged import LoggedControl, Write
 
 
 def build_control(
@@ -20,8 +21,12 @@ def build_control(
     prefix: str,
     evict: str,
     capacity: Capacity,
+    write: Write | None = None,
 ) -> ControlPlane:
-    """Parts by name (`prefix` may be "none"); unknown names are errors that say the nearest."""
+    """Parts by name (`prefix` may be "none"); unknown names are errors that say the nearest.
+
+    With `write` the control plane records every call there (`kvarn.schedule.logged`).
+    """
     index: PrefixIndex | None = None
     if prefix != "none":
         windows = [group.window for group in groups]
@@ -29,4 +34,7 @@ def build_control(
         make: Any = find("prefix", prefix)  # what its constructor takes, the registry does not know
         index = make(page_size, windows, policy)
     kv = KVManager(groups, pages, page_size, index)
-    return ControlPlane(cast(Scheduler, find("scheduler", scheduler)()), kv, capacity)
+    part = cast(Scheduler, find("scheduler", scheduler)())
+    if write is not None:
+        return LoggedControl(part, kv, capacity, write)
+    return ControlPlane(part, kv, capacity)

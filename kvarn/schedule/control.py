@@ -275,6 +275,10 @@ class ControlPlane:
         self._count.preemptions += 1
         self.queues.enqueue(seq)
 
+    def clear_prefixes(self, now: float) -> None:
+        """Forget every cached prefix that nobody uses."""
+        self.kv.clear(now)
+
     # what is there
 
     def stats(self) -> EngineStats:

@@ -1,5 +1,6 @@
 """What came of each simulated request, and of all: plain data for results, traces and plots."""
 
+from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -8,6 +9,10 @@ from kvarn.core.seq import Seq
 from kvarn.cost.shape import StepShape
 from kvarn.sim.heap import NS
 from kvarn.sim.instance import Instance
+
+
+def _no_gaps() -> "array[float]":
+    return array("d")
 
 
 @dataclass(slots=True)
@@ -25,6 +30,7 @@ class Record:
     cached: int = 0  #: prompt tokens found in the prefix cache
     preemptions: int = 0
     error: str = ""
+    gaps: "array[float]" = field(default_factory=_no_gaps)  #: between tokens [s], where kept
 
 
 @dataclass(slots=True)
@@ -42,12 +48,16 @@ class StepRow:
 
 @dataclass(slots=True)
 class Tally:
-    """A watcher that keeps what results need: times by request, gaps between tokens by length."""
+    """A watcher that keeps what results need: times by request, gaps between tokens by length.
+
+    Every gap by its request (`keep_gaps`) takes 8 bytes a token; the counts by length take next to
+    nothing, however long the run.
+    """
 
     records: dict[str, Record] = field(default_factory=dict)
     gaps: Counter[int] = field(default_factory=Counter)  #: tokens by the gap before them [us]
     steps: list[StepRow] | None = None  #: filled only where asked for
-    n_steps: int = 0  #: calls of `stepped`: coasted runs count once
+    keep_gaps: bool = True
     _last: dict[str, int] = field(default_factory=dict)  # last token of open requests [ns]
 
     def committed(self, instance: Instance, seq: Seq, ends: list[int]) -> None:
@@ -58,15 +68,17 @@ class Tally:
         before = self._last.get(key)
         if before is None:
             record.first = ends[0]
+            times = ends
         else:
-            self.gaps[round((ends[0] - before) / 1000)] += 1
-        for earlier, later in pairwise(ends):
+            times = [before, *ends]
+        for earlier, later in pairwise(times):
             self.gaps[round((later - earlier) / 1000)] += 1
+            if self.keep_gaps:
+                record.gaps.append((later - earlier) / NS)
         self._last[key] = ends[-1]
 
     def stepped(self, instance: Instance, shape: StepShape, start: int, end: int) -> None:
         """Keep the step, if steps are wanted."""
-        self.n_steps += 1
         if self.steps is not None:
             control = instance.control
             running, waiting = len(control.queues.running), len(control.queues.waiting)
