@@ -7,6 +7,7 @@ is how time grows with tokens, context, ranks and precision.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from kvarn.core.errors import ConfigError
@@ -22,6 +23,8 @@ from kvarn.cost.shape import Chunk, Estimate, StepShape
 SMALL_KERNELS = 2
 #: kernels of attention in a layer: write the KV, attend, merge the splits (our choice)
 ATTENTION_KERNELS = 3
+#: numbers of rows whose products stay known
+CACHED = 1 << 12
 
 
 @dataclass(slots=True, frozen=True)
@@ -85,6 +88,11 @@ class Roofline:
         self._groups = spec.groups()
         self._layer = _matrices(spec, tp)
         self._mlp_layers = spec.n_layers - (moe.layers if moe else 0)
+        # decodes ask for the same number of rows step after step
+        self._linear_of = lru_cache(CACHED)(self._linear)
+        self._head_of = lru_cache(CACHED)(self._head)
+        self._experts_of = lru_cache(CACHED)(self._experts)
+        self._comm_of = lru_cache(CACHED)(self._comm)
 
     def idle_watts(self) -> float:
         """Power of all devices of the instance while they wait [W]."""
@@ -96,11 +104,11 @@ class Roofline:
             return self._with_host(shape, Estimate(), _NOTHING)
         part = 1.0 / self.microbatches
         tokens = shape.n_tokens * part
-        linear = self._linear(tokens)
-        head = self._head(shape.n_logits * part)
+        linear = self._linear_of(tokens)
+        head = self._head_of(shape.n_logits * part)
         prefill = self._prefill(shape.chunks, part)
         decode = self._decode(shape, part)
-        experts = self._experts(tokens)
+        experts = self._experts_of(tokens)
         # every stage computes its part of the layers; only the last has the output head
         rounds = pipeline_rounds(self.pp, self.microbatches) / self.pp
         estimate = Estimate(
@@ -108,13 +116,12 @@ class Roofline:
             prefill=prefill.seconds * rounds,
             decode=decode.seconds * rounds,
             experts=experts.seconds * rounds,
-            comm=self._comm(tokens) * rounds + self._sends(tokens),
+            comm=self._comm_of(tokens) * rounds + self._sends(tokens),
         )
         parts = (linear, head, prefill, decode, experts)
         times = self.microbatches / self.pp
-        busy = _Work(
-            0.0, sum(p.compute for p in parts) * times, sum(p.memory for p in parts) * times
-        )
+        total = _add(*parts)
+        busy = _Work(0.0, total.compute * times, total.memory * times)
         return self._with_host(shape, estimate, busy)
 
     def _with_host(self, shape: StepShape, estimate: Estimate, busy: _Work) -> Estimate:
@@ -271,6 +278,7 @@ def _matrices(spec: ModelSpec, tp: int) -> list[tuple[float, float]]:
 
 
 def _add(*parts: _Work) -> _Work:
-    return _Work(
-        sum(p.seconds for p in parts), sum(p.compute for p in parts), sum(p.memory for p in parts)
-    )
+    seconds, compute, memory = 0.0, 0.0, 0.0
+    for part in parts:
+        seconds, compute, memory = seconds + part[0], compute + part[1], memory + part[2]
+    return _Work(seconds, compute, memory)
