@@ -107,6 +107,9 @@ class Fleet:
     router: str = option("round_robin", "round_robin, least_loaded, prefix_aware")
     tp: int = option(1, "devices of an instance (tensor parallelism)")
     cost: str = option("roofline", "price of steps: roofline, table, fitted")
+    round_context: int = option(
+        0, "price decodes at contexts rounded to this, for huge runs; 0: exactly", "tokens"
+    )
     table: str | None = option(None, "measurements for --cost table or fitted (docs/cost-model.md)")
     dtype: str = option("bfloat16", "of weights and activations")
     quantization: str = option("none", "of the weights: none, int8, int4, fp8")

@@ -5,6 +5,7 @@ are what `--pages` says (the number that a real engine measured) or what a formu
 weights; the result says which.
 """
 
+import gc
 import math
 import time
 from collections import Counter
@@ -28,6 +29,7 @@ from kvarn.core.model import ModelSpec
 from kvarn.core.part import find
 from kvarn.core.request import Request, SamplingParams
 from kvarn.cost.build import cost_model, kv_capacity
+from kvarn.cost.rounded import Rounded
 from kvarn.cost.shape import CostModel
 from kvarn.kv.sizing import pages_by_group, pages_for_bytes
 from kvarn.models.hf_config import spec_from_config
@@ -115,12 +117,19 @@ def simulate(
         for i in range(fleet_.instances)
     ]
     policy = Routing(make_router(fleet_, trace), fleet.Fleet(fleet_.instances))
-    return Simulation(requests_of(trace), instances, policy, tally).run()
+    simulation = Simulation(requests_of(trace), instances, policy, tally)
+    was_on = gc.isenabled()
+    gc.disable()  # nothing here is cyclic for long, and looking costs a third of the time
+    try:
+        return simulation.run()
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def price_list(fleet_: Fleet, spec: ModelSpec) -> CostModel:
     """The cost model of one instance."""
-    return cost_model(
+    exact = cost_model(
         spec,
         device=fleet_.device,
         tp=fleet_.tp,
@@ -130,6 +139,7 @@ def price_list(fleet_: Fleet, spec: ModelSpec) -> CostModel:
         source=fleet_.cost,
         table=fleet_.table,
     )
+    return Rounded(exact, fleet_.round_context) if fleet_.round_context else exact
 
 
 def page_size_of(fleet_: Fleet, trace: Trace) -> int:

@@ -7,6 +7,7 @@ silence. Parts outside this package register through the entry-point group `kvar
 
 from collections.abc import Iterable, Sequence
 from enum import Enum
+from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, ClassVar
@@ -65,7 +66,13 @@ BUILT_IN: dict[tuple[str, str], str] = {
 
 def known() -> dict[tuple[str, str], str]:
     """Every part that can be named: built in, and registered by installed packages."""
-    parts = dict(BUILT_IN)
+    return BUILT_IN | _installed()
+
+
+@cache
+def _installed() -> dict[tuple[str, str], str]:
+    """Parts of installed packages; what is installed is read once."""
+    parts = {}
     for point in entry_points(group="kvarn.parts"):
         kind, _, name = point.name.partition(".")
         parts[kind, name] = point.value

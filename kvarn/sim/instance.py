@@ -10,7 +10,7 @@ run at the end of the step in which it falls, exactly where step by step it woul
 """
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,8 +26,8 @@ from kvarn.sim.heap import NS
 class Watcher(Protocol):
     """Sees what instances do: results, traces and plots are made of it."""
 
-    def committed(self, instance: "Instance", seq: Seq, ends: list[int]) -> None:
-        """`seq` got a token at each of `ends` [ns]."""
+    def committed(self, instance: "Instance", seqs: Sequence[Seq], ends: list[int]) -> None:
+        """Each of `seqs` got a token at each of `ends` [ns]."""
         ...
 
     def stepped(self, instance: "Instance", shape: StepShape, start: int, end: int) -> None:
@@ -111,8 +111,8 @@ class Instance:
         self.watcher.stepped(self, run.shape, run.start, now)
         if run.plan is None:
             times = [run.start, *run.ends[:-1]]
-            for seq in coast(self.control, [at / NS for at in times], token_of):
-                self.watcher.committed(self, seq, run.ends)
+            seqs = coast(self.control, [at / NS for at in times], token_of)
+            self.watcher.committed(self, seqs, run.ends)
             return []
         tokens = [
             [token_of(self.control.seqs[span.seq])]
@@ -122,9 +122,7 @@ class Instance:
         ]
         result = StepResult(run.plan.step, tokens, seconds=(now - run.start) / NS)
         progress = self.control.apply(run.plan, result, now / NS)
-        for one in progress:
-            if one.tokens:
-                self.watcher.committed(self, one.seq, run.ends)
+        self.watcher.committed(self, [one.seq for one in progress if one.tokens], run.ends)
         return progress
 
     def unstick(self, now: int) -> Seq | None:

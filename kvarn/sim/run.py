@@ -2,6 +2,7 @@
 
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -26,7 +27,8 @@ class Record:
     instance: int = -1  #: where it went; -1: nowhere
     why: str = ""  #: what spoke for that instance, or why it was refused
     first: int | None = None  #: first token
-    end: int | None = None  #: last token; None: it did not complete
+    last: int | None = None  #: the last token so far
+    end: int | None = None  #: when it had completed; None: it did not
     cached: int = 0  #: prompt tokens found in the prefix cache
     preemptions: int = 0
     error: str = ""
@@ -58,24 +60,25 @@ class Tally:
     gaps: Counter[int] = field(default_factory=Counter)  #: tokens by the gap before them [us]
     steps: list[StepRow] | None = None  #: filled only where asked for
     keep_gaps: bool = True
-    _last: dict[str, int] = field(default_factory=dict)  # last token of open requests [ns]
 
-    def committed(self, instance: Instance, seq: Seq, ends: list[int]) -> None:
-        """`seq` got a token at each of `ends`."""
-        key = seq.request.id
-        record = self.records[key]
-        record.n_out += len(ends)
-        before = self._last.get(key)
-        if before is None:
-            record.first = ends[0]
-            times = ends
-        else:
-            times = [before, *ends]
-        for earlier, later in pairwise(times):
-            self.gaps[round((later - earlier) / 1000)] += 1
-            if self.keep_gaps:
-                record.gaps.append((later - earlier) / NS)
-        self._last[key] = ends[-1]
+    def committed(self, instance: Instance, seqs: Sequence[Seq], ends: list[int]) -> None:
+        """Each of `seqs` got a token at each of `ends`; what is between those is alike for all."""
+        inner = [later - earlier for earlier, later in pairwise(ends)]
+        for gap in inner:
+            self.gaps[round(gap / 1000)] += len(seqs)
+        kept = [gap / NS for gap in inner] if self.keep_gaps else []
+        for seq in seqs:
+            record = self.records[seq.request.id]
+            record.n_out += len(ends)
+            if record.last is None:
+                record.first = ends[0]
+            else:
+                gap = ends[0] - record.last
+                self.gaps[round(gap / 1000)] += 1
+                if self.keep_gaps:
+                    record.gaps.append(gap / NS)
+            record.gaps.extend(kept)
+            record.last = ends[-1]
 
     def stepped(self, instance: Instance, shape: StepShape, start: int, end: int) -> None:
         """Keep the step, if steps are wanted."""
@@ -90,7 +93,6 @@ class Tally:
         record = self.records[seq.request.id]
         record.cached, record.preemptions, record.error = seq.cached, seq.preemptions, error
         record.end = None if error else now
-        self._last.pop(seq.request.id, None)
 
 
 @dataclass(slots=True)
