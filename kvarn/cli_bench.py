@@ -235,7 +235,7 @@ def serve_lines(result: dict[str, Any], percentiles: tuple[float, ...]) -> list[
     late = max((result[name] for name in result if "client_queue_time" in name), default=0.0)
     if late > LATE_MS and result["max_concurrency"] is None:
         lines.append(f"the client itself was late by {late:.0f} ms: use more --processes")
-    if result["total_cached_tokens"]:
+    if result["total_cached_tokens"] and result["bench"] == "serve":
         lines.append(
             f"{result['total_cached_tokens']} of {result['total_input_tokens']} prompt tokens came "
             "from the server's prefix cache (another --seed asks for other prompts)"

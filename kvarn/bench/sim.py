@@ -246,7 +246,7 @@ def engine_side(
         "pages_source": "given" if fleet_.pages else "formula",
         "page_size": outcome.instances[0].control.kv.page_size,
         "cost_model": outcome.instances[0].cost.name,
-        "measured_share": 1.0 - unmeasured / seconds if seconds else 0.0,
+        "measured_share": max(0.0, 1.0 - unmeasured / seconds) if seconds else 0.0,
         "requests_by_instance": [sent[i] for i in range(fleet_.instances)],
     }
 

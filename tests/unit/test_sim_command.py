@@ -1,0 +1,108 @@
+"""`kvarn sim` from the command line: results under the names of `bench serve`, errors that help."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvarn.cli import main
+
+ROWS = [
+    {"timestamp": 900 * i, "input_length": 1200 + 40 * (i % 5), "output_length": 20 + i % 7,
+     "hash_ids": [1, 2 + i % 3, 100 + i]}
+    for i in range(40)
+]  # fmt: skip
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> str:
+    path = tmp_path / "trace.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return str(path)
+
+
+def sim(tmp_path: Path, *words: str) -> dict:
+    out = tmp_path / "result.json"
+    assert main(["sim", "--json", str(out), *words]) == 0
+    return json.loads(out.read_text())
+
+
+def test_a_trace_gives_the_keys_of_bench_serve(tmp_path, trace, capsys):
+    words = ["--trace", trace, "--model", "llama-3.1-8b", "--device", "H100"]
+    found = sim(tmp_path, *words, "--instances", "2", "--router", "prefix_aware", "--bounds")
+    serve_keys = {
+        "completed", "failed", "duration", "total_input_tokens", "total_output_tokens",
+        "request_throughput", "output_throughput", "mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms",
+        "mean_itl_ms", "p99_itl_ms", "mean_e2el_ms", "workload", "config", "versions", "steady",
+    }  # fmt: skip
+    assert serve_keys <= found.keys()
+    assert found["completed"] == 40 and found["failed"] == 0
+    assert found["total_output_tokens"] == sum(row["output_length"] for row in ROWS)
+    assert found["total_input_tokens"] == sum(row["input_length"] for row in ROWS)
+    assert 0.3 < found["prefix_hit_rate"] < 0.9
+    assert found["energy_j"] > 0 and found["preemptions"] == 0
+    assert sum(found["requests_by_instance"]) == 40
+    for name, row in found["bounds"].items():
+        upper = name.endswith("per_s") or name.startswith("hit_rate")
+        ratio = row["ratio"]
+        assert ratio <= 1 + 1e-9 if upper else ratio >= 1 - 1e-9, name
+    assert "prefix hits" in capsys.readouterr().out
+
+
+def test_the_same_seed_gives_the_same_result(tmp_path):
+    words = ["--dataset", "random", "--num-prompts", "30", "--request-rate", "20", "--seed", "3"]
+    one, two = (sim(tmp_path, *words, "--instances", "2") for _ in range(2))
+    for name in ("wall_seconds", "date"):
+        one.pop(name), two.pop(name)
+    assert one == two
+
+
+def test_steps_can_be_seen_in_perfetto(tmp_path, trace):
+    path = tmp_path / "steps.json"
+    sim(tmp_path, "--trace", trace, "--limit", "5", "--perfetto", str(path))
+    events = json.loads(path.read_text())["traceEvents"]
+    steps = [event for event in events if event["ph"] == "X"]
+    assert {event["name"] for event in steps} >= {"prefill", "decode"}
+    ends = [event["ts"] + event["dur"] for event in steps]
+    assert all(end <= later["ts"] + 1e-6 for end, later in zip(ends, steps[1:], strict=False))
+
+
+def test_detailed_results_say_why_each_request_went_where(tmp_path, trace):
+    found = sim(tmp_path, "--trace", trace, "--router", "least_loaded", "--detailed")
+    assert len(found["ttfts"]) == len(found["routing"]) == 40
+    assert all("fewest open" in why for _, why in found["routing"])
+
+
+def test_more_memory_never_hits_less(tmp_path, trace):
+    words = ["--trace", trace, "--max-seqs", "4"]
+    few, many = (sim(tmp_path, *words, "--pages", pages) for pages in ("12", "400"))
+    assert few["prefix_hit_rate"] <= many["prefix_hit_rate"]
+    assert few["pages_source"] == "given"
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--model", "llama-3.1-70b", "--device", "L4"], "131.4 GiB of weights"),
+        (["--model", "nobody"], "no shape is called"),
+        (["--device", "H1000"], "H100"),
+        (["--router", "round-robin"], "round_robin"),
+        (["--instances", "0"], "instances must be at least 1"),
+        (["--request-rate", "-1"], "above 0"),
+        (["--dataset", "multi-turn"], "cannot tokenise"),
+        (["--trace", "/nowhere.jsonl"], "cannot read"),
+        (["--tp", "5"], "tp"),
+    ],
+)
+def test_what_cannot_be_simulated_is_refused(words, says, capsys):
+    assert main(["sim", *words]) in (1, 2)
+    assert says in capsys.readouterr().err
+
+
+def test_a_malformed_row_is_named_and_skipped_only_when_asked(tmp_path, trace, capsys):
+    path = Path(trace)
+    path.write_text(path.read_text() + '{"timestamp": 1, "input_length": -5, "output_length": 2}\n')
+    assert main(["sim", "--trace", trace]) == 2
+    assert "line 41" in capsys.readouterr().err
+    found = sim(tmp_path, "--trace", trace, "--skip-bad")
+    assert found["workload"]["skipped"] == 1 and found["completed"] == 40
