@@ -42,8 +42,23 @@ class _Run:
     shape: StepShape
     start: int  #: [ns]
     ends: list[int]  #: of each step [ns]
-    prices: list[Estimate]  #: of each step
+    joules: list[float]  #: spent by the end of each step
+    unmeasured: list[float]  #: seconds outside measured data by the end of each step
     plan: StepPlan | None  #: None: the steps are coasted
+
+    def take(self, price: Estimate, now: int) -> int:
+        """One more step, from `now` on; its end, at least one tick later [ns]."""
+        seconds = price.seconds
+        unmeasured = (1.0 - price.confidence) * seconds
+        now += max(1, round(seconds * NS))
+        if self.ends:
+            self.joules.append(self.joules[-1] + price.joules)
+            self.unmeasured.append(self.unmeasured[-1] + unmeasured)
+        else:
+            self.joules.append(price.joules)
+            self.unmeasured.append(unmeasured)
+        self.ends.append(now)
+        return now
 
 
 @dataclass(slots=True)
@@ -78,7 +93,7 @@ class Instance:
         steps = bisect_left(run.ends, now) + 1
         if steps >= len(run.ends):
             return None
-        del run.ends[steps:], run.prices[steps:]
+        del run.ends[steps:], run.joules[steps:], run.unmeasured[steps:]
         self.version += 1
         return run.ends[-1]
 
@@ -95,7 +110,8 @@ class Instance:
                 return None
             shape = shape_of((s.start, s.length, s.wants_logits) for s in plan.spans)
             price = self.cost.step(shape)
-            self._run = _Run(shape, now, [now + _ns(price)], [price], plan)
+            self._run = _Run(shape, now, [], [], [], plan)
+            self._run.take(price, now)
         self.version += 1
         return self._run.ends[-1]
 
@@ -105,9 +121,8 @@ class Instance:
         assert run is not None and run.ends[-1] == now, "a run ends when it said it would"
         self._run = None
         self.busy += now - run.start
-        for price in run.prices:
-            self.joules += price.joules
-            self.unmeasured += (1.0 - price.confidence) * price.seconds
+        self.joules += run.joules[-1]
+        self.unmeasured += run.unmeasured[-1]
         self.watcher.stepped(self, run.shape, run.start, now)
         if run.plan is None:
             times = [run.start, *run.ends[:-1]]
@@ -139,20 +154,11 @@ class Instance:
         n = len(self.control.queues.running)
         known = [len(seq.tokens) for seq in self.control.queues.running]
         total, longest = sum(known), max(known)
-        first = StepShape((), n, total, longest, n)
-        run = _Run(first, now, [], [], None)
+        run = _Run(StepShape((), n, total, longest, n), now, [], [], [], None)
         for i in range(most):
-            price = self.cost.step(StepShape((), n, total + i * n, longest + i, n))
-            now += _ns(price)
-            run.ends.append(now)
-            run.prices.append(price)
+            now = run.take(self.cost.step(StepShape((), n, total + i * n, longest + i, n)), now)
         return run
 
 
 #: decode steps priced ahead: an arrival throws the rest away, so pricing more does not pay
 _AT_ONCE = 64
-
-
-def _ns(price: Estimate) -> int:
-    """A step's time on the virtual clock, at least one tick."""
-    return max(1, round(price.seconds * NS))
