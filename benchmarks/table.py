@@ -235,6 +235,28 @@ def gpu_attention(result: dict[str, Any]) -> Lines:
     ]
 
 
+def sim_routers(result: dict[str, Any]) -> Lines:
+    """Routers in simulation, and the simulator's own speed."""
+    said, big = result["config"], result["large"]
+    picked = {
+        "speed": "trace speed", "router": "router", "mean_ttft_ms": "mean TTFT ms",
+        "p99_ttft_ms": "p99 TTFT ms", "mean_tpot_ms": "mean TPOT ms",
+        "prefix_hit_rate": "prefix hits", "best_hit_rate": "best possible",
+        "e2e_over_bound": "mean E2E / bound", "energy_j": "energy J", "wall_seconds": "wall s",
+    }  # fmt: skip
+    return [
+        f"{said['instances']} instances of {said['model']} on {said['device']}, priced by the "
+        f"{said['cost']} (nothing measured: read the differences, not the times), "
+        f"{result['workload']['trace']}.",
+        "",
+        *columns(result, picked),
+        "",
+        f"{big['instances']} instances at {big['rate']:.0f} requests/s for "
+        f"{big['virtual_seconds']:.0f} virtual seconds: {cell(big['wall_us_per_request'])} us a "
+        f"request, so that an hour takes {cell(big['hour_in_hours'])} hours in one process.",
+    ]
+
+
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "cpu_peers": ("Engines side by side on a CPU", cpu_peers),
     "offline": ("The engine without a server", offline),
@@ -244,6 +266,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "perplexity": ("What a number format costs", perplexity),
     "gpu_engines": ("Engines side by side on a GPU", gpu_engines),
     "gpu_attention": ("Attention alone on a GPU", gpu_attention),
+    "sim_routers": ("Routers in simulation", sim_routers),
     "scheduler_overhead": ("Time of the decisions", scheduler_overhead),
 }
 

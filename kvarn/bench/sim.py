@@ -60,9 +60,13 @@ class Simulated:
 
 
 def run(fleet_: Fleet, work: Workload, traffic: Traffic) -> Simulated:
-    """Simulate a fleet under a load."""
+    """Simulate a fleet under the load that the options describe."""
+    return measured(fleet_, work, traffic, find_trace(work, traffic))
+
+
+def measured(fleet_: Fleet, work: Workload, traffic: Traffic, trace: Trace) -> Simulated:
+    """Simulate a fleet under `trace`, and report it."""
     spec = find_spec(fleet_.model)
-    trace = find_trace(work, traffic)
     began = time.perf_counter()
     outcome = simulate(fleet_, spec, trace, traffic.perfetto is not None)
     result = report(fleet_, work, traffic, trace, outcome)
