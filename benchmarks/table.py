@@ -235,6 +235,33 @@ def gpu_attention(result: dict[str, Any]) -> Lines:
     ]
 
 
+def sim_vllm(result: dict[str, Any]) -> Lines:
+    """Public vLLM runs, predicted."""
+    names = [f"{mark}_{measure}" for measure in ("ttft", "tpot", "e2e") for mark in ("mean", "p99")]
+    rows = [
+        [
+            row["run"], row["host_ms"], f"{row['pages']} ({row['pages_source']})",
+            row["preemptions"], *(percent(row[f"{name}_error"]) for name in names),
+            percent(row["throughput_error"]),
+        ]
+        for row in result["results"]
+    ]  # fmt: skip
+    heads = [
+        name.replace("_", " ").replace("ttft", "TTFT").replace("tpot", "TPOT") for name in names
+    ]
+    return [
+        f"Error of the simulation against runs of vLLM {result['config']['vllm']} with 300 requests, "
+        "priced by tables of the same GPUs' layers, nothing fitted to the runs.",
+        "",
+        *table(["run", "host ms", "KV pages", "preemptions", *heads, "throughput"], rows),
+    ]
+
+
+def percent(share: float) -> str:
+    """A relative error."""
+    return f"{100 * share:+.1f} %"
+
+
 def sim_routers(result: dict[str, Any]) -> Lines:
     """Routers in simulation, and the simulator's own speed."""
     said, big = result["config"], result["large"]
@@ -266,6 +293,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "perplexity": ("What a number format costs", perplexity),
     "gpu_engines": ("Engines side by side on a GPU", gpu_engines),
     "gpu_attention": ("Attention alone on a GPU", gpu_attention),
+    "sim_vllm": ("Public vLLM runs, predicted", sim_vllm),
     "sim_routers": ("Routers in simulation", sim_routers),
     "scheduler_overhead": ("Time of the decisions", scheduler_overhead),
 }

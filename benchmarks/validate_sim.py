@@ -1,0 +1,324 @@
+"""The simulator against measurements: four real vLLM runs, and end-to-end points of H100 and H200.
+
+    python benchmarks/validate_sim.py TRACES_FOLDER [--json FILE] [--images docs/img]
+
+Runs: vLLM 0.19 with 300 ShareGPT requests (LLMServingSim `bench/examples`), simulated with the
+layer tables of the same GPU. Points: AIConfigurator's `silicon_sample.csv`, Llama-3.1 on vLLM,
+simulated as a closed loop with its kernel tables. Nothing is fitted, but for one line that takes
+the host time of one run to the other and says so.
+"""
+
+import argparse
+import csv
+import gzip
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from kvarn.bench import record
+from kvarn.bench.options import Fleet
+from kvarn.bench.sim import find_spec, make_control, requests_of
+from kvarn.cluster import fleet
+from kvarn.cluster.router.round_robin import RoundRobin
+from kvarn.cluster.routing import Routing
+from kvarn.core.errors import ConfigError
+from kvarn.core.request import Request, SamplingParams
+from kvarn.cost.rounded import Rounded
+from kvarn.cost.shape import CostModel
+from kvarn.cost.tables import from_table
+from kvarn.sim.heap import NS
+from kvarn.sim.instance import Instance
+from kvarn.sim.run import Outcome, Record, Tally
+from kvarn.sim.simulation import Simulation
+from kvarn.workload.load import open_trace
+from kvarn.workload.trace import Trace, TraceRequest
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = {
+    "vllm_RTX4090_Llama-3.1-8B": "llmservingsim_RTX4090_",
+    "vllm_RTXPRO6000_Llama-3.1-8B": "llmservingsim_RTXPRO6000_",
+    "vllm_RTXPRO6000_Qwen3-30B-A3B-Instruct-2507": "",
+    "vllm_RTXPRO6000_Qwen3-32B": "",
+}
+CONTENT = "sharegpt_llama-3.1-8b_300_sps10.jsonl.gz"
+DEVICES = {"llmservingsim_RTX4090_": "rtx4090", "llmservingsim_RTXPRO6000_": "rtxpro6000"}
+HOSTS = (0.0, 0.5e-3, 1e-3, 2e-3)  #: host time of a step, tried on every run alike [s]
+BLOCKS = (0.8, 0.9, 1.0, 1.1)  #: shares of the block count
+LIMITS = {"tpot": 0.10, "e2e": 0.10}  #: of the means of the runs
+POINT_LIMITS = {"tpot": 0.15, "ttft": 0.30}  #: of the median over the points
+WAVES = 3  #: requests of a closed loop, in concurrencies; the middle ones count
+SHORTEST = 0.8  #: lengths are uniform from this share of isl and osl on: the sample does not say
+ROUND = 32  #: contexts of decodes in closed loops are priced rounded to this [tokens]
+Row = dict[str, Any]
+
+
+def lines(path: Path) -> list[Row]:
+    """Rows of a compressed JSON-lines file."""
+    with gzip.open(path, "rt") as file:
+        return [json.loads(line) for line in file]
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Mean, median and 99th percentile (nearest rank)."""
+    ordered = sorted(values)
+    return {
+        "mean": statistics.fmean(ordered),
+        "p50": statistics.median(ordered),
+        "p99": ordered[max(0, -(-99 * len(ordered) // 100) - 1)],
+    }
+
+
+def times(rows: Iterable[tuple[float, float, float, int]]) -> dict[str, dict[str, float]]:
+    """TTFT, TPOT and E2E [s] and throughput [tokens/s] of (arrival, first, last, tokens)."""
+    found = list(rows)
+    span = max(last for _, _, last, _ in found) - min(at for at, *_ in found)
+    return {
+        "ttft": summary([first - at for at, first, _, _ in found]),
+        "tpot": summary([(last - first) / (n - 1) for _, first, last, n in found if n > 1]),
+        "e2e": summary([last - at for at, _, last, _ in found]),
+        "throughput": {"mean": sum(n for *_, n in found) / span},
+    }
+
+
+def measured_times(rows: list[Row]) -> list[tuple[float, float, float, int]]:
+    """A run's requests on one clock: the least delay from arrival to the queue ties the two."""
+    shift = min(row["queued_ts"] - row["arrival_time"] for row in rows)
+    return [
+        (row["arrival_time"] + shift, row["first_token_ts"], row["last_token_ts"],
+         row["output_toks"])
+        for row in rows
+    ]  # fmt: skip
+
+
+def simulated_times(records: Iterable[Record]) -> list[tuple[float, float, float, int]]:
+    """The same of simulated requests; one that did not complete is an error."""
+    found = []
+    for one in records:
+        if one.first is None or one.last is None or one.end is None:
+            raise ConfigError(f"request {one.id} did not complete: {one.error}")
+        found.append((one.arrival / NS, one.first / NS, one.last / NS, one.n_out))
+    return found
+
+
+def errors(
+    guess: dict[str, dict[str, float]], truth: dict[str, dict[str, float]]
+) -> dict[str, dict[str, float]]:
+    """Relative errors, predicted / measured - 1."""
+    return {
+        name: {key: guess[name][key] / value - 1 for key, value in found.items()}
+        for name, found in truth.items()
+    }
+
+
+def run_trace(folder: Path, rows: list[Row]) -> Trace:
+    """The run's requests: its arrival times and lengths, the data set's contents by order."""
+    content = open_trace(str(folder / CONTENT))
+    by_number = sorted(rows, key=lambda row: int(row["request_id"].rpartition("-")[2]))
+    for row, one in zip(by_number, content, strict=True):
+        if row["input_toks"] != one.n_in:
+            raise ConfigError(f"{row['request_id']}: {row['input_toks']} tokens, not {one.n_in}")
+    first = min(row["arrival_time"] for row in rows)
+    made = [
+        TraceRequest(
+            row["request_id"], row["arrival_time"] - first, one.n_in, row["output_toks"],
+            one.blocks,
+        )
+        for row, one in zip(by_number, content, strict=True)
+    ]  # fmt: skip
+    return Trace(content.name, tuple(sorted(made, key=lambda r: r.at)), content.block_size)
+
+
+def one_instance(fleet_: Fleet, trace: Trace, cost: CostModel, loop: Any = None) -> Outcome:
+    """Simulate one engine; `loop` is `(requests, after)` in place of the trace's arrivals."""
+    spec, tally = find_spec(fleet_.model), Tally(keep_gaps=False)
+    instance = Instance("engine", make_control(fleet_, spec, trace), cost, tally)
+    policy = Routing(RoundRobin(), fleet.Fleet(1))
+    requests, after = loop or (requests_of(trace), None)
+    return Simulation(requests, [instance], policy, tally, after).run()
+
+
+def served(folder: Path, name: str) -> Row:
+    """One vLLM run beside its simulation, with what host time and block count change."""
+    prefix = RUNS[name]
+    rows = lines(folder / "bench" / f"{name}_requests.jsonl.gz")
+    truth = times(measured_times(rows))
+    if not prefix:
+        why = "no layer tables of this model were published with the run"
+        return {"run": name, "measured": truth, "skipped": why}
+    meta = json.loads((folder / "bench" / f"{name}_meta.json").read_text())
+    flags, blocks = meta["engine_kwargs"], meta.get("kv_cache", {}).get("num_gpu_blocks", 0)
+    trace, spec = run_trace(folder, rows), find_spec("llama-3.1-8b")
+    base = {
+        "model": "llama-3.1-8b", "device": DEVICES[prefix], "max_seqs": flags["max_num_seqs"],
+        "budget": flags["max_num_batched_tokens"], "page_size": 16,
+        "max_len": flags["max_model_len"] or 0,
+    }  # fmt: skip
+
+    def predict(host: float, pages: int) -> tuple[Row, Outcome]:
+        cost = from_table(folder / "perf", spec, device=prefix, host=host)
+        outcome = one_instance(Fleet(**base, pages=pages), trace, cost)
+        return errors(times(simulated_times(outcome.records)), truth), outcome
+
+    _, outcome = predict(0.0, blocks)
+    pages = outcome.instances[0].control.kv.pages[0]
+    return {
+        "run": name, "measured": truth,
+        "predicted": times(simulated_times(outcome.records)),
+        "pages": pages, "pages_source": "measured" if blocks else "formula",
+        "preemptions": outcome.instances[0].control.stats().preemptions,
+        "by_host": [{"host": h, "error": predict(h, pages)[0]} for h in HOSTS],
+        "by_blocks": [
+            {"share": s, "error": predict(0.0, round(s * pages))[0]} for s in BLOCKS
+        ],
+    }  # fmt: skip
+
+
+def transferred(runs: list[Row]) -> Row:
+    """The host time that fits the first run's TPOT best, judged on the others."""
+    first, *others = [run for run in runs if "by_host" in run]
+    best = min(first["by_host"], key=lambda row: abs(row["error"]["tpot"]["mean"]))
+    judged = {
+        run["run"]: next(r["error"] for r in run["by_host"] if r["host"] == best["host"])
+        for run in others
+    }
+    return {"host": best["host"], "calibrated_on": first["run"], "errors": judged}
+
+
+def closed_loop(concurrency: int, isl: int, osl: int) -> tuple[list[Request], Any, set[str]]:
+    """First wave, `after` and the ids that count. The first wave's answers are cut at random
+    places, so that the loop starts as it goes on: requests of every age.
+    """
+    rng, made = Random(f"{concurrency} {isl} {osl}"), 0
+
+    def request(share: float) -> Request:
+        nonlocal made
+        n_in = rng.randint(max(1, round(SHORTEST * isl)), isl)
+        n_out = max(2, round(share * rng.randint(max(2, round(SHORTEST * osl)), osl)))
+        made += 1
+        params = SamplingParams(max_tokens=n_out, ignore_eos=True, temperature=0.0)
+        return Request(str(made - 1), [(1 << 61) + made] * n_in, params)
+
+    def after(_: str, now: float) -> list[Request]:
+        if made >= WAVES * concurrency:
+            return []
+        one = request(1.0)
+        one.arrival = now
+        return [one]
+
+    first = [request(rng.random()) for _ in range(concurrency)]
+    return first, after, {str(i) for i in range(concurrency, 2 * concurrency)}
+
+
+def wanted(row: Row) -> bool:
+    """A point that the kernel tables cover: Llama-3.1 on vLLM, one kind of worker."""
+    return (
+        "Llama-3.1" in row["model_path"] and row["backend"] == "vllm" and row["mode"] == "agg"
+        and row["system"] in ("h100_sxm", "h200_sxm") and row["pp_size"] == "1"
+    )  # fmt: skip
+
+
+def point(folder: Path, row: Row) -> Row:
+    """One measured point beside its closed loop, and what its steady decode is made of."""
+    model = "llama-3.1-8b" if "8B" in row["model_path"] else "llama-3.1-70b"
+    tp, concurrency = int(row["tp_size"]), int(row["batch_size"])
+    isl, osl = int(row["isl"]), int(row["osl"])
+    exact = from_table(
+        folder / "perf", find_spec(model), device=row["system"], tp=tp, gemm=row["gemm_quant_mode"]
+    )
+    options = Fleet(
+        model=model, device=row["system"].partition("_")[0], tp=tp, quantization=row["precision"],
+        max_seqs=concurrency, page_size=16, prefix="none",
+    )  # fmt: skip
+    first, after, counted = closed_loop(concurrency, isl, osl)
+    outcome = one_instance(
+        options, Trace("closed loop", ()), Rounded(exact, ROUND), (first, after)
+    )
+    found = times(simulated_times(one for one in outcome.records if one.id in counted))
+    about = {"model": model, "device": row["system"], "tp": tp, "concurrency": concurrency}
+    return about | {
+        "isl": isl, "osl": osl, "precision": row["precision"], "id": row["id"],
+        "measured": {"ttft": float(row["silicon_ttft_ms"]), "tpot": float(row["silicon_tpot_ms"])},
+        "predicted": {key: 1000 * found[key]["mean"] for key in ("ttft", "tpot")},
+        "missing_ms": float(row["silicon_tpot_ms"]) - 1000 * found["tpot"]["mean"],
+    }  # fmt: skip
+
+
+def groups(points: list[Row]) -> list[Row]:
+    """Median absolute and signed errors by model, device and tp, and of all."""
+    keyed: dict[tuple[Any, ...], list[Row]] = {("all", "", ""): points}
+    for one in points:
+        keyed.setdefault((one["model"], one["device"], one["tp"]), []).append(one)
+    found = []
+    for (model, device, tp), members in sorted(keyed.items(), key=str):
+        row: Row = {"model": model, "device": device, "tp": tp, "points": len(members)}
+        for key, limit in POINT_LIMITS.items():
+            off = [one["predicted"][key] / one["measured"][key] - 1 for one in members]
+            row[f"{key}_median_error"] = statistics.median(map(abs, off))
+            row[f"{key}_bias"] = statistics.median(off)
+            row[f"{key}_within"] = row[f"{key}_median_error"] <= limit
+        row["missing_ms"] = statistics.median(one["missing_ms"] for one in members)
+        found.append(row)
+    return found
+
+
+def scatter(points: list[Row], folder: Path) -> None:
+    """Predicted over measured, log-log, one point a configuration."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "kvarn"
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for key in POINT_LIMITS:
+        figure, axes = pyplot.subplots(figsize=(4.5, 4.5))
+        for name in sorted({(one["model"], one["device"]) for one in points}):
+            some = [one for one in points if (one["model"], one["device"]) == name]
+            axes.plot(
+                [one["measured"][key] for one in some], [one["predicted"][key] for one in some],
+                "o", markersize=3, label=" ".join(name),
+            )  # fmt: skip
+        ends = [f(one["measured"][key] for one in points) for f in (min, max)]
+        axes.plot(ends, ends, "k-", linewidth=0.7)
+        axes.set(xscale="log", yscale="log", xlabel=f"measured {key} [ms]",
+                 ylabel=f"simulated {key} [ms]")  # fmt: skip
+        axes.legend(fontsize=7)
+        figure.tight_layout()
+        figure.savefig(folder / f"sim_{key}.svg", metadata={"Date": None})
+
+
+def main() -> None:
+    """Run everything, print as it goes, write one result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("traces", type=Path)
+    parser.add_argument("--json", default=str(ROOT / "benchmarks/results/sim_validation.json"))
+    parser.add_argument("--images", type=Path, default=ROOT / "docs" / "img")
+    given = parser.parse_args()
+    runs = []
+    for name in RUNS:
+        runs.append(served(given.traces, name))
+        print(name, runs[-1].get("by_host", runs[-1].get("skipped")), flush=True)
+    with gzip.open(given.traces / "bench" / "aic_silicon_sample.csv.gz", "rt") as file:
+        rows = [row for row in csv.DictReader(file) if wanted(row)]
+    points, refused = [], []
+    for row in rows:
+        try:
+            points.append(point(given.traces, row))
+        except ConfigError as why:
+            refused.append({"id": row["id"], "why": str(why)})
+    by_group = groups(points)
+    print(*by_group, *refused, sep="\n")
+    scatter(points, given.images)
+    result = record.header(
+        "sim_validation", {"limits": LIMITS, "point_limits": POINT_LIMITS},
+        {"waves": WAVES, "shortest": SHORTEST, "round": ROUND, "host": 0.0},
+    )  # fmt: skip
+    result |= {"runs": runs, "transferred": transferred(runs), "groups": by_group}
+    record.write(result | {"points": points, "refused": refused}, given.json)
+
+
+if __name__ == "__main__":
+    main()
