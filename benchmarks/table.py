@@ -250,8 +250,8 @@ def sim_vllm(result: dict[str, Any]) -> Lines:
         name.replace("_", " ").replace("ttft", "TTFT").replace("tpot", "TPOT") for name in names
     ]
     return [
-        f"Error of the simulation against runs of vLLM {result['config']['vllm']} with 300 requests, "
-        "priced by tables of the same GPUs' layers, nothing fitted to the runs.",
+        f"Error of the simulation against runs of vLLM {result['config']['vllm']} with 300 "
+        "requests, priced by tables of the same GPUs' layers, nothing fitted to the runs.",
         "",
         *table(["run", "host ms", "KV pages", "preemptions", *heads, "throughput"], rows),
     ]

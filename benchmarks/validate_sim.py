@@ -233,9 +233,7 @@ def point(folder: Path, row: Row) -> Row:
         max_seqs=concurrency, page_size=16, prefix="none",
     )  # fmt: skip
     first, after, counted = closed_loop(concurrency, isl, osl)
-    outcome = one_instance(
-        options, Trace("closed loop", ()), Rounded(exact, ROUND), (first, after)
-    )
+    outcome = one_instance(options, Trace("closed loop", ()), Rounded(exact, ROUND), (first, after))
     found = times(simulated_times(one for one in outcome.records if one.id in counted))
     about = {"model": model, "device": row["system"], "tp": tp, "concurrency": concurrency}
     return about | {
