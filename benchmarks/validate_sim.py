@@ -193,20 +193,18 @@ def closed_loop(concurrency: int, isl: int, osl: int) -> tuple[list[Request], An
     """
     rng, made = Random(f"{concurrency} {isl} {osl}"), 0
 
-    def request(share: float) -> Request:
+    def request(share: float, now: float = 0.0) -> Request:
         nonlocal made
         n_in = rng.randint(max(1, round(SHORTEST * isl)), isl)
         n_out = max(2, round(share * rng.randint(max(2, round(SHORTEST * osl)), osl)))
         made += 1
         params = SamplingParams(max_tokens=n_out, ignore_eos=True, temperature=0.0)
-        return Request(str(made - 1), [(1 << 61) + made] * n_in, params)
+        return Request(str(made - 1), [(1 << 61) + made] * n_in, params, arrival=now)
 
     def after(_: str, now: float) -> list[Request]:
         if made >= WAVES * concurrency:
             return []
-        one = request(1.0)
-        one.arrival = now
-        return [one]
+        return [request(1.0, now)]
 
     first = [request(rng.random()) for _ in range(concurrency)]
     return first, after, {str(i) for i in range(concurrency, 2 * concurrency)}
