@@ -28,7 +28,7 @@ def rows(path: str) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
     elif text.lstrip().startswith("["):
         yield from _listed(text, path)
     else:
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 yield number, _object(line)
 
@@ -55,7 +55,7 @@ def number(row: dict[str, Any], key: str, least: float = 0.0) -> float:
     """A number of a row, at least `least`."""
     try:
         value = float(row[key])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise BadRow(f"{key} is {row[key]!r}, not a number") from None
     except KeyError:
         raise BadRow(f"{key} is missing") from None

@@ -18,6 +18,8 @@ Row = dict[str, Any]
 
 #: tokens of a word, where a file holds text and no tokenizer is at hand
 TOKENS_PER_WORD = 1.3
+#: dates become seconds after it: near enough for floats to keep their 100 ns
+EPOCH = datetime(2023, 1, 1, tzinfo=UTC)
 
 
 @dataclass(slots=True, frozen=True)
@@ -38,23 +40,25 @@ def _mooncake(row: Row, i: int) -> TraceRequest:
 
 
 def _blocks(row: Row) -> tuple[int, ...]:
-    ids = row.get("hash_ids") or ()
-    if not all(isinstance(one, int) for one in ids):
-        raise BadRow("hash_ids must be whole numbers")
+    ids = row.get("hash_ids") or []
+    if not isinstance(ids, list) or not all(type(one) is int for one in ids):
+        raise BadRow("hash_ids must be a list of whole numbers")
     return tuple(ids)
 
 
 def _bailian(row: Row, i: int) -> TraceRequest:
     """Qwen-Bailian: seconds, conversations, 16-token blocks."""
-    parent = row.get("parent_chat_id", -1)
+    parent, name = row.get("parent_chat_id"), str(row.get("chat_id", i))
+    root = parent in (-1, "-1", None)
     return TraceRequest(
-        id=str(row.get("chat_id", i)),
+        id=name,
         at=number(row, "timestamp"),
         n_in=count(row, "input_length", 1),
         n_out=count(row, "output_length"),
         blocks=_blocks(row),
         turn=max(0, count(row, "turn") - 1) if "turn" in row else 0,
-        parent=None if parent in (-1, "-1", None) else str(parent),
+        session=name if root else None,
+        parent=None if root else str(parent),
         kind=str(row.get("type", "")),
     )
 
@@ -64,9 +68,9 @@ def _azure(row: Row, i: int) -> TraceRequest:
     try:
         text = row["TIMESTAMP"]
         whole, _, part = text.replace("Z", "").removesuffix("+00:00").partition(".")
-        when = datetime.fromisoformat(whole).replace(tzinfo=UTC).timestamp()
-        at = when + float(f"0.{part or 0}")
-    except (TypeError, ValueError, AttributeError):
+        when = datetime.fromisoformat(whole).replace(tzinfo=UTC) - EPOCH
+        at = when.total_seconds() + float(f"0.{part or 0}")
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise BadRow(f"TIMESTAMP is {row.get('TIMESTAMP')!r}, not a date") from None
     n_in, n_out = count(row, "ContextTokens", 1), count(row, "GeneratedTokens")
     return TraceRequest(str(i), at, n_in, n_out)
@@ -126,28 +130,68 @@ def open_trace(path: str, kind: str | None = None, skip_bad: bool = False) -> Tr
     if kind is not None and kind not in FORMATS:
         raise ConfigError(f"no trace format is called {kind!r}{nearest(kind, FORMATS)}")
     form = FORMATS[kind] if kind else None
-    found, skipped = list[TraceRequest](), 0
+    wrong: list[tuple[int, BadRow]] = []  # (line, why)
+    found: list[tuple[int, TraceRequest]] = []
+    ids: set[str] = set()
+    failed = 0
     for line, row in rows(path):
         try:
             if isinstance(row, BadRow):
                 raise row
             form = form or _tell(row, path)
             request = form.read(row, len(found))
+            if request is not None and request.id in ids:
+                raise BadRow(f"{request.id} names two requests")
         except BadRow as why:
-            if not skip_bad:
-                raise ConfigError(
-                    f"{path}, line {line}: {why}; --skip-bad leaves such rows out and counts them"
-                ) from None
-            skipped += 1
+            _refuse(path, line, why, skip_bad)
+            wrong.append((line, why))
             continue
-        if request is not None:
-            found.append(request)
-    if not found or form is None:
-        raise ConfigError(f"{path} holds no request")
-    first = min(request.at for request in found)
-    ordered = sorted((replace(r, at=r.at - first) for r in found), key=lambda r: r.at)
+        if request is None:
+            failed += 1
+        else:
+            ids.add(request.id)
+            found.append((line, request))
+    if form is None or not found:
+        raise ConfigError(f"{path} holds no request ({len(wrong)} malformed rows, {failed} empty)")
+    size = _block_size([request for _, request in found], form)
+    for line, request in found:
+        if not _fits(request, size):
+            why = BadRow(f"{len(request.blocks)} hash_ids of {size} for {request.n_in} tokens")
+            _refuse(path, line, why, skip_bad)
+            wrong.append((line, why))
+    kept = [request for _, request in found if _fits(request, size)]
     name = Path(path).name.removesuffix(".gz").rpartition(".")[0]
-    return Trace(name, tuple(ordered), _block_size(found, form, path), skipped=skipped)
+    chain = (f"left_out({failed} rows without an answer)",) if failed else ()
+    return Trace(name, _linked(_from_zero(kept)), size, chain, len(wrong))
+
+
+def _refuse(path: str, line: int, why: BadRow, skip_bad: bool) -> None:
+    if not skip_bad:
+        raise ConfigError(
+            f"{path}, line {line}: {why}; --skip-bad leaves such rows out and counts them"
+        ) from None
+
+
+def _from_zero(found: list[TraceRequest]) -> list[TraceRequest]:
+    """In order of arrival (stable), the first at 0."""
+    first = min(request.at for request in found)
+    return sorted((replace(one, at=one.at - first) for one in found), key=lambda one: one.at)
+
+
+def _linked(ordered: list[TraceRequest]) -> tuple[TraceRequest, ...]:
+    """Parents that are in the trace, by name or else by session; turns and sessions to match."""
+    known: dict[str, TraceRequest] = {}
+    latest: dict[str, TraceRequest] = {}  # by session
+    for one in ordered:
+        parent = latest.get(one.session) if one.session else known.get(one.parent or "")
+        if parent is not None:
+            one = replace(one, session=parent.session, turn=parent.turn + 1, parent=parent.id)
+        elif one.parent is not None:  # a conversation that began before the trace
+            one = replace(one, session=one.id, parent=None)
+        known[one.id] = one
+        if one.session:
+            latest[one.session] = one
+    return tuple(known.values())
 
 
 def _tell(row: Row, path: str) -> Format:
@@ -155,23 +199,21 @@ def _tell(row: Row, path: str) -> Format:
         if form.columns <= row.keys():
             return form
     known = "; ".join(f"{name}: {', '.join(sorted(f.columns))}" for name, f in FORMATS.items())
-    raise ConfigError(f"{path}: no known trace has the columns {sorted(row)}; known are {known}")
-
-
-def _block_size(found: list[TraceRequest], form: Format, path: str) -> int:
-    """What a block stands for: the format's size, or 16 where only that agrees with the lengths.
-
-    A prompt of n tokens has ceil(n / size) blocks, or floor where the last is not whole.
-    """
-    with_blocks = [one for one in found if one.blocks]
-    for size in (form.block_size, 16, 512):
-        if all(len(one.blocks) in _fitting(one.n_in, size) for one in with_blocks):
-            return size
     raise ConfigError(
-        f"{path}: the numbers of hash_ids agree with blocks of neither {form.block_size}, 16 nor "
-        f"512 tokens"
+        f"{path}: no known trace has the columns {sorted(map(str, row))}; known are {known}"
     )
 
 
-def _fitting(n_in: int, size: int) -> tuple[int, int]:
-    return n_in // size, -(-n_in // size)
+def _block_size(found: list[TraceRequest], form: Format) -> int:
+    """What a block stands for: the format's size, or the one that agrees with more prompts."""
+
+    def agreeing(size: int) -> int:
+        return sum(_fits(one, size) for one in found)
+
+    return max((form.block_size, 16, 512), key=agreeing)
+
+
+def _fits(request: TraceRequest, size: int) -> bool:
+    """A prompt of n tokens has ceil(n / size) blocks, or floor where only whole ones are listed."""
+    fitting = (request.n_in // size, -(-request.n_in // size))
+    return not request.blocks or len(request.blocks) in fitting
