@@ -284,6 +284,42 @@ def sim_routers(result: dict[str, Any]) -> Lines:
     ]
 
 
+def sim_validation(result: dict[str, Any]) -> Lines:
+    """Simulated closed loops beside measured end-to-end points."""
+    limits = result["workload"]["point_limits"]
+    picked = {
+        "model": "model", "device": "device", "tp": "tp", "points": "points",
+        "tpot_median_error": "median TPOT error", "tpot_bias": "TPOT bias",
+        "tpot_within": "within limit", "missing_ms": "TPOT short by ms",
+        "ttft_median_error": "median TTFT error", "ttft_bias": "TTFT bias",
+        "ttft_within": "within limit ",
+    }  # fmt: skip
+    rows = [[row.get(key) for key in picked] for row in result["groups"]]
+    return [
+        f"Llama-3.1 on vLLM (AIConfigurator's silicon sample) against closed loops priced by "
+        f"kernel tables without host time; limits of the median error: TPOT "
+        f"{limits['tpot']:.0%}, TTFT {limits['ttft']:.0%}. {len(result['refused'])} points were "
+        f"refused. Scatter: [TPOT](img/sim_tpot.svg), [TTFT](img/sim_ttft.svg).",
+        "",
+        *table(list(picked.values()), rows),
+    ]
+
+
+def step_validation(result: dict[str, Any]) -> Lines:
+    """A fitted model on steps it did not see."""
+    limits = result["workload"]["limits"]
+    noise = ", ".join(cell(1000 * one) for one in result["median_decode_seconds_by_round"])
+    picked = {"regime": "regime", "n": "steps", "mape": "MAPE", "bias": "bias", "p95": "P95"}
+    return [
+        f"{result['config']['model']}, fitted on {result['fitted_steps']} steps of real runs, "
+        f"judged on another run; limits MAPE {limits['mape']:.0%}, bias {limits['bias']:.0%}, "
+        f"P95 {limits['p95']:.0%}. The machine is shared: median decode step by round "
+        f"{noise} ms, the judged one last.",
+        "",
+        *columns(result, picked),
+    ]
+
+
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "cpu_peers": ("Engines side by side on a CPU", cpu_peers),
     "offline": ("The engine without a server", offline),
@@ -295,6 +331,8 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "gpu_attention": ("Attention alone on a GPU", gpu_attention),
     "sim_vllm": ("Public vLLM runs, predicted", sim_vllm),
     "sim_routers": ("Routers in simulation", sim_routers),
+    "sim_validation": ("Simulated and measured serving", sim_validation),
+    "step_validation": ("Fitted and measured steps", step_validation),
     "scheduler_overhead": ("Time of the decisions", scheduler_overhead),
 }
 
