@@ -305,21 +305,6 @@ def sim_validation(result: dict[str, Any]) -> Lines:
     ]
 
 
-def step_validation(result: dict[str, Any]) -> Lines:
-    """A fitted model on steps it did not see."""
-    limits = result["workload"]["limits"]
-    noise = ", ".join(cell(1000 * one) for one in result["median_decode_seconds_by_round"])
-    picked = {"regime": "regime", "n": "steps", "mape": "MAPE", "bias": "bias", "p95": "P95"}
-    return [
-        f"{result['config']['model']}, fitted on {result['fitted_steps']} steps of real runs, "
-        f"judged on another run; limits MAPE {limits['mape']:.0%}, bias {limits['bias']:.0%}, "
-        f"P95 {limits['p95']:.0%}. The machine is shared: median decode step by round "
-        f"{noise} ms, the judged one last.",
-        "",
-        *columns(result, picked),
-    ]
-
-
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "cpu_peers": ("Engines side by side on a CPU", cpu_peers),
     "offline": ("The engine without a server", offline),
@@ -332,7 +317,6 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "sim_vllm": ("Public vLLM runs, predicted", sim_vllm),
     "sim_routers": ("Routers in simulation", sim_routers),
     "sim_validation": ("Simulated and measured serving", sim_validation),
-    "step_validation": ("Fitted and measured steps", step_validation),
     "scheduler_overhead": ("Time of the decisions", scheduler_overhead),
 }
 
