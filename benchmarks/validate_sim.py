@@ -14,6 +14,7 @@ import gzip
 import json
 import statistics
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -218,14 +219,18 @@ def wanted(row: Row) -> bool:
     )  # fmt: skip
 
 
+@cache
+def kernels(folder: Path, model: str, system: str, tp: int, gemm: str) -> CostModel:
+    """Kernel tables, read once for all points that they price."""
+    return from_table(folder / "perf", find_spec(model), device=system, tp=tp, gemm=gemm)
+
+
 def point(folder: Path, row: Row) -> Row:
     """One measured point beside its closed loop, and what its steady decode is made of."""
     model = "llama-3.1-8b" if "8B" in row["model_path"] else "llama-3.1-70b"
     tp, concurrency = int(row["tp_size"]), int(row["batch_size"])
     isl, osl = int(row["isl"]), int(row["osl"])
-    exact = from_table(
-        folder / "perf", find_spec(model), device=row["system"], tp=tp, gemm=row["gemm_quant_mode"]
-    )
+    exact = kernels(folder, model, row["system"], tp, row["gemm_quant_mode"])
     options = Fleet(
         model=model, device=row["system"].partition("_")[0], tp=tp, quantization=row["precision"],
         max_seqs=concurrency, page_size=16, prefix="none",
