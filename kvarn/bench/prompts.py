@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
 from io import StringIO
 from pathlib import Path
 from random import Random
@@ -18,13 +17,9 @@ from typing import Any
 
 from kvarn.bench.options import Workload
 from kvarn.core.errors import ConfigError, nearest
-
-#: lower ids are often special tokens
-FIRST_ID = 256
-#: tokens of one word of English, for texts whose tokenizer is not at hand
-TOKENS_PER_WORD = 1.3
-#: positions that one entry of `hash_ids` stands for in Mooncake's traces
-TRACE_BLOCK = 512
+from kvarn.workload.load import TOKENS_PER_WORD, open_trace
+from kvarn.workload.tokens import FIRST_ID, prompt_tokens
+from kvarn.workload.transform import limit, time_warp
 
 
 @dataclass(slots=True)
@@ -137,40 +132,27 @@ def _conversations(work: Workload) -> Iterator[tuple[str, str]]:
 
 
 def _trace(work: Workload, rng: Random) -> list[Job]:
-    """Lengths and times of a recorded trace; equal `hash_ids` become equal tokens."""
+    """Lengths and times of a recorded trace; equal blocks become equal tokens.
+
+    A turn whose prompt has room for its parent's prompt and answer waits for that answer (closed
+    loop, no time to think); all else is sent when it is due.
+    """
+    trace = time_warp(limit(open_trace(str(work.dataset_path)), work.num_prompts), work.speed)
     jobs: list[Job] = []
-    blocks: dict[int, list[int]] = {}
-    for row in _rows(str(work.dataset_path)):
-        if len(jobs) == work.num_prompts:
-            break
-        at, n_input, n_output = _trace_row(row, str(work.dataset_path))
-        prompt: list[int] = []
-        for block in row.get("hash_ids") or ():
-            if block not in blocks:
-                blocks[block] = tokens(TRACE_BLOCK, work.vocab, rng)
-            prompt += blocks[block]
-        prompt = prompt[:n_input] + tokens(max(0, n_input - len(prompt)), work.vocab, rng)
-        jobs.append(Job([Turn(prompt, max(1, n_output))], at))
-    if not jobs:
-        raise ConfigError(f"{work.dataset_path} holds no request")
-    first = min(job.at or 0.0 for job in jobs)
-    for job in jobs:
-        job.at = ((job.at or 0.0) - first) / work.speed
+    ends: dict[str, tuple[Job, int]] = {}  # last request of a job -> (job, tokens so far)
+    for one in trace:
+        prompt = prompt_tokens(one, trace.block_size, work.vocab, work.seed)
+        n_output = max(1, one.n_out)
+        job, said = ends.pop(one.parent or "", (None, 0))
+        if job is not None and said < one.n_in:
+            before = job.turns[-1]
+            before.reply = prompt[said - before.n_output : said]
+            job.turns.append(Turn(prompt[said:], n_output))
+        else:
+            job = Job([Turn(prompt, n_output)], one.at)
+            jobs.append(job)
+        ends[one.id] = (job, one.n_in + n_output)
     return jobs
-
-
-def _trace_row(row: dict[str, Any], path: str) -> tuple[float, int, int]:
-    """(seconds, input tokens, output tokens) of a Mooncake or Azure row."""
-    try:
-        if "input_length" in row:
-            return row["timestamp"] / 1000, int(row["input_length"]), int(row["output_length"])
-        when = datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp()
-        return when, int(row["ContextTokens"]), int(row["GeneratedTokens"])
-    except (KeyError, TypeError, ValueError):
-        raise ConfigError(
-            f"{path}: a row of a trace needs timestamp, input_length and output_length (JSON "
-            f"lines), or TIMESTAMP, ContextTokens and GeneratedTokens (CSV); got {row}"
-        ) from None
 
 
 def _rows(path: str) -> Iterator[dict[str, Any]]:

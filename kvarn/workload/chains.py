@@ -3,6 +3,8 @@
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
+from kvarn.core.errors import ConfigError
+
 #: (what it is, its length [tokens]): equal names mean equal content
 Piece = tuple[Hashable, int]
 
@@ -17,6 +19,10 @@ class Chains:
 
     block_size: int  #: [tokens]
     _ids: dict[Hashable, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ConfigError(f"block_size must be at least 1, got {self.block_size}")
 
     def blocks(self, pieces: Sequence[Piece]) -> tuple[int, ...]:
         """Ids of ceil(length / block_size) blocks of the prompt that the pieces make."""

@@ -78,10 +78,7 @@ def rag(
     ins, outs = lognormal(n_in, in_cv), lognormal(n_out, out_cv)
 
     def pieces(i: int) -> list[Piece]:
-        found: dict[int, None] = {}
-        while len(found) < k:
-            found[law.sample(rng)] = None
-        body: list[Piece] = [(("chunk", one), chunk) for one in found]
+        body: list[Piece] = [(("chunk", one), chunk) for one in law.distinct(k, rng)]
         return [("system", prefix), *body, (("own", i), ins.sample(rng))]
 
     times = arrivals.gamma(rng, rate, cv)
@@ -138,13 +135,12 @@ def by_name(name: str, **options: Any) -> Trace:
     for option, value in options.items():
         if option not in known:
             raise ConfigError(f"{full} has no option {option!r}{nearest(option, known)}")
-        default = known[option].default
-        wanted = (int, float) if isinstance(default, float) else type(default)
-        if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool):
-            raise ConfigError(f"{full}: {option} is {value!r}; give a {type(default).__name__}")
+        kind = known[option].annotation
+        if type(value) not in ((int, float) if kind is float else (kind,)):
+            raise ConfigError(f"{full}: {option} is {value!r}; it must be of type {kind.__name__}")
     used = {key: parameter.default for key, parameter in known.items()} | options
-    if used.get("n", 1) < 1 or used.get("block_size", 1) < 1:
-        raise ConfigError(f"{full}: n and block_size must be at least 1")
+    if used.get("n", 1) < 1:
+        raise ConfigError(f"{full}: n must be at least 1, got {used['n']}")
     trace = make(**used)
     listed = ", ".join(f"{key}={value}" for key, value in used.items())
     return trace.changed(f"generate({listed})", trace.requests)

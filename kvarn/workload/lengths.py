@@ -85,11 +85,30 @@ class Zipf:
                 f"Zipf's law needs at least 1 rank and an exponent of at least 0, got {n} ranks "
                 f"and {exponent}"
             )
+        self._n, self._exponent = n, exponent
         self._sums = list(accumulate((rank + 1) ** -exponent for rank in range(n)))
 
     def sample(self, rng: Random) -> int:
         """A rank."""
         return bisect_left(self._sums, rng.random() * self._sums[-1])
+
+    def distinct(self, k: int, rng: Random) -> list[int]:
+        """`k` different ranks in the order in which they were drawn.
+
+        Ranks drawn before are drawn again. Where that takes long (few popular ranks, many wanted),
+        the rest comes from exponential races (Efraimidis and Spirakis 2006): the same law.
+        """
+        if k > self._n:
+            raise ConfigError(f"there are no {k} different ranks among {self._n}")
+        found: dict[int, None] = {}
+        for _ in range(8 * k):
+            if len(found) == k:
+                return list(found)
+            found[self.sample(rng)] = None
+        left = [rank for rank in range(self._n) if rank not in found]
+        # logs of exponential times of rate (rank + 1) ** -exponent, which itself may underflow
+        time = {r: math.log(rng.expovariate(1)) + self._exponent * math.log(r + 1) for r in left}
+        return [*found, *sorted(left, key=time.__getitem__)][:k]
 
 
 def _lengths(lengths: Iterable[int]) -> tuple[int, ...]:

@@ -130,10 +130,9 @@ def open_trace(path: str, kind: str | None = None, skip_bad: bool = False) -> Tr
     if kind is not None and kind not in FORMATS:
         raise ConfigError(f"no trace format is called {kind!r}{nearest(kind, FORMATS)}")
     form = FORMATS[kind] if kind else None
-    wrong: list[tuple[int, BadRow]] = []  # (line, why)
-    found: list[tuple[int, TraceRequest]] = []
+    found: list[tuple[int, TraceRequest]] = []  # with their lines
     ids: set[str] = set()
-    failed = 0
+    skipped = failed = 0
     for line, row in rows(path):
         try:
             if isinstance(row, BadRow):
@@ -144,7 +143,7 @@ def open_trace(path: str, kind: str | None = None, skip_bad: bool = False) -> Tr
                 raise BadRow(f"{request.id} names two requests")
         except BadRow as why:
             _refuse(path, line, why, skip_bad)
-            wrong.append((line, why))
+            skipped += 1
             continue
         if request is None:
             failed += 1
@@ -152,20 +151,22 @@ def open_trace(path: str, kind: str | None = None, skip_bad: bool = False) -> Tr
             ids.add(request.id)
             found.append((line, request))
     if form is None or not found:
-        raise ConfigError(f"{path} holds no request ({len(wrong)} malformed rows, {failed} empty)")
+        raise ConfigError(f"{path} holds no request ({skipped} malformed rows, {failed} empty)")
     size = _block_size([request for _, request in found], form)
+    kept: list[TraceRequest] = []
     for line, request in found:
-        if not _fits(request, size):
-            why = BadRow(f"{len(request.blocks)} hash_ids of {size} for {request.n_in} tokens")
-            _refuse(path, line, why, skip_bad)
-            wrong.append((line, why))
-    kept = [request for _, request in found if _fits(request, size)]
+        if _fits(request, size):
+            kept.append(request)
+            continue
+        n = len(request.blocks)
+        _refuse(path, line, f"{n} hash_ids of {size} for {request.n_in} tokens", skip_bad)
+        skipped += 1
     name = Path(path).name.removesuffix(".gz").rpartition(".")[0]
     chain = (f"left_out({failed} rows without an answer)",) if failed else ()
-    return Trace(name, _linked(_from_zero(kept)), size, chain, len(wrong))
+    return Trace(name, _linked(_from_zero(kept)), size, chain, skipped)
 
 
-def _refuse(path: str, line: int, why: BadRow, skip_bad: bool) -> None:
+def _refuse(path: str, line: int, why: BadRow | str, skip_bad: bool) -> None:
     if not skip_bad:
         raise ConfigError(
             f"{path}, line {line}: {why}; --skip-bad leaves such rows out and counts them"
