@@ -132,6 +132,7 @@ class Traffic:
     trace: str | None = option(None, "a recorded trace (docs/workloads.md) instead of a data set")
     skip_bad: bool = option(False, "leave out malformed rows of the trace, and count them")
     limit: int = option(0, "only the first requests of the trace; 0: all")
+    closed_loop: bool = option(False, "a turn waits for the answer before it and the time to think")
     request_rate: float = option(
         math.inf, "mean rate of a data set; inf: all at once", "requests/s"
     )

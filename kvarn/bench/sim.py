@@ -6,10 +6,11 @@ weights; the result says which.
 """
 
 import gc
+import inspect
 import math
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -24,7 +25,7 @@ from kvarn.bench.stats import label
 from kvarn.cluster import fleet
 from kvarn.cluster.router import Router
 from kvarn.cluster.routing import Routing
-from kvarn.core.errors import ConfigError
+from kvarn.core.errors import ConfigError, nearest
 from kvarn.core.model import ModelSpec
 from kvarn.core.part import find
 from kvarn.core.request import Request, SamplingParams
@@ -41,6 +42,7 @@ from kvarn.sim.heap import NS
 from kvarn.sim.instance import Instance
 from kvarn.sim.run import Outcome, Record, Tally
 from kvarn.sim.simulation import Simulation
+from kvarn.workload.generate import GENERATORS, by_name
 from kvarn.workload.load import open_trace
 from kvarn.workload.tokens import block_tokens
 from kvarn.workload.trace import Trace, TraceRequest
@@ -68,7 +70,8 @@ def measured(fleet_: Fleet, work: Workload, traffic: Traffic, trace: Trace) -> S
     """Simulate a fleet under `trace`, and report it."""
     spec = find_spec(fleet_.model)
     began = time.perf_counter()
-    outcome = simulate(fleet_, spec, trace, traffic.perfetto is not None)
+    keep_steps = traffic.perfetto is not None
+    outcome = simulate(fleet_, spec, trace, keep_steps, closed_loop=traffic.closed_loop)
     result = report(fleet_, work, traffic, trace, outcome)
     result["wall_seconds"] = time.perf_counter() - began
     return Simulated(result, outcome, trace)
@@ -85,7 +88,10 @@ def find_spec(model: str) -> ModelSpec:
 def find_trace(work: Workload, traffic: Traffic) -> Trace:
     """The requests: a file's, or a data set's with arrivals at the given rate."""
     if traffic.trace is not None:
-        trace = open_trace(traffic.trace, skip_bad=traffic.skip_bad)
+        if traffic.trace.startswith("synthetic-"):
+            trace = generated(traffic.trace, work, traffic)
+        else:
+            trace = open_trace(traffic.trace, skip_bad=traffic.skip_bad)
         if work.speed != 1.0:
             trace = time_warp(trace, work.speed)
         return limit(trace, traffic.limit) if traffic.limit else trace
@@ -106,9 +112,27 @@ def find_trace(work: Workload, traffic: Traffic) -> Trace:
     return Trace(f"synthetic-{work.dataset}", tuple(requests), 1)
 
 
+def generated(name: str, work: Workload, traffic: Traffic) -> Trace:
+    """`num_prompts` requests of a generator, at the given rate if it is finite.
+
+    Sessions and groups stay whole: as many as give `num_prompts` requests by their mean size. The
+    rate of sessions is in sessions per second.
+    """
+    if name not in GENERATORS:
+        raise ConfigError(f"unknown generator {name!r}{nearest(name, GENERATORS)}")
+    known = inspect.signature(GENERATORS[name]).parameters
+    size = next(option for option in ("n", "sessions", "groups") if option in known)
+    each = [known[one].default for one in ("turns", "steps", "per_group") if one in known]
+    wanted = math.ceil(work.num_prompts / each[0]) if each else work.num_prompts
+    options: dict[str, Any] = {size: wanted, "seed": work.seed}
+    if math.isfinite(traffic.request_rate):
+        options["rate"] = traffic.request_rate
+    return by_name(name, **options)
+
+
 def simulate(
     fleet_: Fleet, spec: ModelSpec, trace: Trace, keep_steps: bool = False,
-    cost: CostModel | None = None,
+    cost: CostModel | None = None, closed_loop: bool = False,
 ) -> Outcome:  # fmt: skip
     """Run a trace through the fleet, priced by its own cost model or by `cost`."""
     if fleet_.instances < 1:
@@ -121,7 +145,11 @@ def simulate(
         for i in range(fleet_.instances)
     ]
     policy = Routing(make_router(fleet_, trace), fleet.Fleet(fleet_.instances))
-    simulation = Simulation(requests_of(trace), instances, policy, tally)
+    if closed_loop:
+        loop = ClosedLoop(trace)
+        simulation = Simulation(loop.first(), instances, policy, tally, loop.after)
+    else:
+        simulation = Simulation(requests_of(trace), instances, policy, tally)
     was_on = gc.isenabled()
     gc.disable()  # nothing here is cyclic for long, and looking costs a third of the time
     try:
@@ -192,13 +220,44 @@ def make_router(fleet_: Fleet, trace: Trace) -> Router:
     return cast(Router, part)
 
 
-def requests_of(trace: Trace) -> Iterator[Request]:
+def requests_of(trace: Trace, only: Iterable[TraceRequest] | None = None) -> Iterator[Request]:
     """Requests of the engine, one at a time: a long trace's prompts never lie in memory at once."""
     first = trace.requests[0].at if trace.requests else 0.0
-    for one in trace:
-        params = SamplingParams(max_tokens=max(1, one.n_out), ignore_eos=True, temperature=0.0)
-        prompt = block_tokens(one, trace.block_size)
-        yield Request(one.id, prompt, params, arrival=one.at - first, session=one.session)
+    for one in trace if only is None else only:
+        yield request_of(one, trace.block_size, one.at - first)
+
+
+def request_of(one: TraceRequest, block_size: int, arrival: float) -> Request:
+    """A request of the engine that arrives at `arrival` [s]."""
+    params = SamplingParams(max_tokens=max(1, one.n_out), ignore_eos=True, temperature=0.0)
+    prompt = block_tokens(one, block_size)
+    return Request(one.id, prompt, params, arrival=arrival, session=one.session)
+
+
+class ClosedLoop:
+    """A turn comes when the answer before it has ended and the time to think is over.
+
+    Its recorded arrival is not used. What follows a refused request never comes. A request whose
+    parent is not in the trace comes at its recorded time.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        known = {one.id for one in trace}
+        self._first = [one for one in trace if one.parent not in known]
+        self._next: dict[str, list[TraceRequest]] = defaultdict(list)
+        for one in trace:
+            if one.parent in known:
+                self._next[str(one.parent)].append(one)
+
+    def first(self) -> Iterator[Request]:
+        """Requests that wait for no other."""
+        return requests_of(self.trace, self._first)
+
+    def after(self, name: str, now: float) -> list[Request]:
+        """Turns that the end of request `name` at `now` [s] brings."""
+        size = self.trace.block_size
+        return [request_of(one, size, now + one.think) for one in self._next.pop(name, ())]
 
 
 def report(

@@ -1,4 +1,4 @@
-"""Drift of the cost model (trust protocol T6): what was priced is still priced; changes are told."""
+"""Drift of the cost model (trust protocol T6): what was priced still is; changes are told."""
 
 import importlib.util
 import json
