@@ -72,3 +72,33 @@ def test_stack_distances_equal_an_lru_cache():
     assert rates == pytest.approx([brute_force(trace, capacity) for capacity in capacities])
     assert rates == sorted(rates) and rates[-1] == curve.unlimited > 0
     assert curve.unlimited == pytest.approx(describe(trace).reuse.full)
+
+
+#: file: span [s], requests/s, CV of the gaps; all from the traces' own page
+TIMES = {
+    "mooncake_conversation_trace.jsonl.gz": (3537, 3.40, None),
+    "mooncake_synthetic_trace.jsonl.gz": (1022, 3.91, None),
+    "AzureLLMInferenceTrace_2023_code.csv.gz": (3436, 2.57, 13.2),
+    "AzureLLMInferenceTrace_2023_conv.csv.gz": (3502, 5.53, 1.09),
+}
+
+
+@pytest.mark.parametrize("name", TIMES)
+def test_published_spans_rates_and_bursts(name):
+    span, rate, cv = TIMES[name]
+    found = describe(opened(name))
+    assert (round(found.span), round(found.rate, 2)) == (span, rate)
+    if cv is not None:
+        assert round(found.cv, 1 if cv > 10 else 2) == cv
+
+
+def test_what_else_is_published():
+    found = describe(opened("mooncake_conversation_trace.jsonl.gz"))
+    assert round(100 * found.reuse.once, 1) == 75.8
+    chats = describe(opened("sharegpt_llama-3.1-8b_300_sps10.jsonl.gz"))
+    figures = (chats.requests, int(chats.n_in.mean), round(100 * chats.reuse.blocks, 1))
+    assert figures == (300, 857, 7.7) and round(chats.n_out.mean) == 653
+    lengths = describe(opened("vidur_arxiv_summarization_lengths.csv.gz"))
+    shown = [(round(one.mean), one.p50, one.p90, one.max) for one in (lengths.n_in, lengths.n_out)]
+    assert shown == [(2588, 2730, 3702, 4054), (291, 167, 372, 4056)]
+    assert (lengths.requests, lengths.rate, lengths.reuse) == (28257, None, None)
