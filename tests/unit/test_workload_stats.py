@@ -96,7 +96,7 @@ def test_what_else_is_published():
     found = describe(opened("mooncake_conversation_trace.jsonl.gz"))
     assert round(100 * found.reuse.once, 1) == 75.8
     chats = describe(opened("sharegpt_llama-3.1-8b_300_sps10.jsonl.gz"))
-    figures = (chats.requests, int(chats.n_in.mean), round(100 * chats.reuse.blocks, 1))
+    figures = (chats.requests, round(chats.n_in.mean), round(100 * chats.reuse.blocks, 1))
     assert figures == (300, 857, 7.7) and round(chats.n_out.mean) == 653
     lengths = describe(opened("vidur_arxiv_summarization_lengths.csv.gz"))
     shown = [(round(one.mean), one.p50, one.p90, one.max) for one in (lengths.n_in, lengths.n_out)]
