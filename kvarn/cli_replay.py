@@ -28,7 +28,9 @@ def _replay(log: Log, as_json: AsJSON = False) -> int:
     for difference in report.shown:
         print(difference)
     if report.truncated:
-        print("the last line was cut off, and left out")
+        print("the log ends in the middle of a record, which was left out")
+    kinds = [f"{count} {kind}" for kind, count in sorted(report.regimes.items())]
+    print(f"steps: {', '.join(kinds) or 'none'}")
     print(
         f"{stats.preemptions} preemptions, {stats.cached_tokens} of {stats.prompt_tokens} prompt "
         f"tokens from the prefix cache, {report.forks} forks, {report.aborts} aborts"

@@ -2,10 +2,12 @@
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from platform import python_version
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvarn import __version__
 from kvarn.core.config import EngineConfig, Resolved
 from kvarn.core.errors import ConfigError
 from kvarn.core.model import GroupSpec, ModelSpec
@@ -25,7 +27,9 @@ from kvarn.runner.sampler import Sampler
 from kvarn.runner.warm import decode_step
 from kvarn.schedule.build import build_control
 from kvarn.schedule.control import Capacity, ControlPlane
-from kvarn.schedule.logged import Write
+
+if TYPE_CHECKING:
+    from kvarn.engine.steplog import StepLog
 
 KV_SHARE = {"cpu": 0.25, "cuda": 0.95}  #: of the free memory, where kv_memory is not given
 DEVICE_CAPS = {"cpu": Cap.CPU_DEVICE, "cuda": Cap.CUDA_DEVICE}
@@ -44,6 +48,7 @@ class Assembly:
     ledger: Ledger
     parts: dict[str, type[Part]]  #: by kind
     capabilities: frozenset[Cap]
+    step_log: "StepLog | None"  #: rank 0 alone decides, and so records
     seconds: dict[str, float] = field(default_factory=dict)  #: start-up, by stage
     ranks: list[dict[str, object]] = field(default_factory=list)  #: what each holds; one: nothing
 
@@ -132,6 +137,7 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
         for n_seqs in (config.max_seqs, 1):  # the largest first: all graphs share its memory
             decode_step(runner, n_seqs)
         seconds["graphs"] = time.perf_counter() - began
+    step_log = _step_log(config, spec, groups, pages, str(device)) if group.rank == 0 else None
     control = build_control(
         groups,
         pages,
@@ -140,7 +146,7 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
         config.prefix,
         config.evict,
         Capacity(config.budget, config.max_seqs, config.max_len, config.max_queue),
-        _step_log(config, spec, groups, pages, str(device)),
+        step_log,
     )
     limits = Limits(
         vocab=spec.vocab, max_len=config.max_len, has_tokenizer=model.tokenizer is not None
@@ -154,6 +160,7 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
         ledger,
         parts,
         capabilities,
+        step_log,
         seconds,
     )
 
@@ -201,17 +208,18 @@ def _best_attention(deterministic: bool, here: Cap) -> tuple[str, str, str]:
 
 def _step_log(
     config: EngineConfig, spec: ModelSpec, groups: list[GroupSpec], pages: list[int], device: str
-) -> Write | None:
+) -> "StepLog | None":
     """Where decisions are recorded, if anywhere; its first record says what decides."""
     if not config.step_log:
         return None
-    from kvarn.engine.steplog import open_log  # only who records needs its encoder
+    from kvarn.engine.steplog import StepLog  # only who records needs its encoder
 
-    write = open_log(config.step_log)
+    write = StepLog(config.step_log)
+    versions = {"kvarn": __version__, "python": python_version(), "torch": str(torch.__version__)}
     write(
         {
-            "call": "begin", "format": 1, "groups": groups, "pages": pages, "spec": spec,
-            "device": device, "options": config,
+            "call": "begin", "format": 1, "versions": versions, "groups": groups, "pages": pages,
+            "spec": spec, "device": device, "options": config,
         }
     )  # fmt: skip
     return write

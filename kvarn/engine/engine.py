@@ -248,11 +248,13 @@ class Engine:
         return self.assembly.explain(self.resolved)
 
     def close(self) -> None:
-        """Stop the executor's thread and let go of the memory."""
+        """Stop the executor's thread, let go of the memory, end the step log."""
         if self._in_flight is not None:
             _wait(self._in_flight[1])
             self._in_flight = None
         self.executor.close()
+        if self.assembly.step_log is not None:
+            self.assembly.step_log.close()
 
 
 def _wait(pending: Pending) -> None:

@@ -81,6 +81,11 @@ class LoggedControl(ControlPlane):
         self._record("clear", now=now)
         super().clear_prefixes(now)
 
+    def check_integrity(self) -> list[str]:
+        """Record and recount: a repair changes which page is taken next."""
+        self._record("check")
+        return super().check_integrity()
+
     def _within(self, call: Callable[..., Result], *arguments: Any) -> Result:
         self._depth += 1
         try:

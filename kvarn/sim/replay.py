@@ -7,11 +7,12 @@ noise but a decision that depends on something besides its inputs (trust protoco
 """
 
 import gzip
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -20,6 +21,7 @@ from kvarn.core.model import GroupSpec, ModelSpec
 from kvarn.core.output import EngineStats
 from kvarn.core.plan import SpanResult, StepPlan, StepResult
 from kvarn.core.request import Request
+from kvarn.cost.fitted import regime
 from kvarn.cost.shape import StepShape, shape_of
 from kvarn.schedule.build import build_control
 from kvarn.schedule.control import Capacity, ControlPlane
@@ -27,13 +29,19 @@ from kvarn.schedule.logged import as_record
 
 SHOWN = 5  #: differences kept for people
 
+#: what a record with missing or wrong fields, or one that contradicts the others, raises
+_BAD = (
+    KeyError, IndexError, TypeError, ValueError, AttributeError, AssertionError,
+    msgspec.ValidationError,
+)  # fmt: skip
+
 
 @dataclass(slots=True)
 class Difference:
     """One step that was decided otherwise."""
 
     step: int
-    what: str  #: field of the plan
+    what: str  #: field of the plan, and where in it
     recorded: Any
     replayed: Any
 
@@ -47,41 +55,46 @@ class Report:
 
     steps: int = 0
     differing: int = 0
-    shown: list[Difference] = field(default_factory=list)  #: the first differences
+    #: the first differences, and where the replay ended if it could not go on after them
+    shown: list[Difference] = field(default_factory=list)
+    regimes: dict[str, int] = field(default_factory=dict)  #: steps by what they computed
     aborts: int = 0
-    forks: int = 0  #: sequences that share a prompt with their first sibling
-    truncated: bool = False  #: the last line was cut off
+    forks: int = 0  #: sequences that copied a sibling's last page (whole ones need no copy)
+    truncated: bool = False  #: the log ends in the middle of a record, which was left out
     stats: EngineStats | None = None
 
 
 def records(path: str) -> Iterator[dict[str, Any]]:
-    """The records of a log. A last line that was cut off yields `{"call": "truncated"}`."""
-    number, broken = 0, None
+    """The records of a log, one a line. Where its end was cut off: `{"call": "truncated"}`."""
+    number = 0
     for number, line in enumerate(_lines(path), 1):
-        if broken is not None:
-            raise ConfigError(f"{path}, line {broken}: not a record of a step log")
         try:
             record = msgspec.json.decode(line)
         except msgspec.DecodeError:
-            broken = number
-            continue
+            if line.endswith(b"\n"):
+                raise _error(path, number, "not a record of a step log") from None
+            record = {"call": "truncated"}
         if not isinstance(record, dict) or "call" not in record:
-            raise ConfigError(f"{path}, line {number}: not a record of a step log")
+            raise _error(path, number, "not a record of a step log")
         yield record
-    if broken is not None:
-        yield {"call": "truncated"}
     if number == 0:
         raise ConfigError(f"{path} is empty: a step log is written with --step-log")
 
 
 def _lines(path: str) -> Iterator[bytes]:
+    """Lines with their ends; a last one without is what a killed engine left."""
     try:
         with gzip.open(path) if path.endswith(".gz") else Path(path).open("rb") as file:
-            yield from file
+            yield from cast(Iterator[bytes], file)
     except EOFError:
-        return  # a compressed log of a killed engine
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
+        yield b""  # a compressed log that was not closed: what came last is lost
+    except (OSError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read {path}: {reason}") from None
+
+
+def _error(path: str, number: int, what: str) -> ConfigError:
+    return ConfigError(f"{path}, line {number}: {what}")
 
 
 def replay(path: str) -> Report:
@@ -89,14 +102,15 @@ def replay(path: str) -> Report:
     lines = records(path)
     control = _control(next(lines), path)
     report, plans = Report(), dict[int, StepPlan]()
-    for record in lines:
+    for number, record in enumerate(lines, 2):
         try:
             _repeat(control, record, plans, report)
-        except (KeyError, IndexError, AssertionError) as error:
+        except _BAD as error:
+            reason = f"cannot be replayed: {error!r}"
             if not report.differing:
-                raise ConfigError(f"{path}: a record cannot be replayed: {error!r}") from None
-            note = f"the replay could not go on: {error!r}"
-            _differs(report, Difference(report.steps, "state", "", note))
+                raise _error(path, number, reason) from error
+            # the calls that follow presume decisions that were not taken here
+            report.shown.append(Difference(report.steps, f"line {number}", record["call"], reason))
             break
     report.stats = control.stats()
     return report
@@ -104,15 +118,18 @@ def replay(path: str) -> Report:
 
 def _control(begin: dict[str, Any], path: str) -> ControlPlane:
     """The control plane that a log's first record describes."""
-    if begin.get("call") != "begin" or begin.get("format") != 1:
+    if begin["call"] != "begin" or begin.get("format") != 1:
         raise ConfigError(f"{path} is no step log of this version: its first line must say so")
-    options = begin["options"]
-    groups = msgspec.convert(begin["groups"], list[GroupSpec])
-    limits = (options[name] for name in ("budget", "max_seqs", "max_len", "max_queue"))
-    return build_control(
-        groups, begin["pages"], options["page_size"], options["scheduler"], options["prefix"],
-        options["evict"], Capacity(*limits),
-    )  # fmt: skip
+    try:
+        options = begin["options"]
+        groups = msgspec.convert(begin["groups"], list[GroupSpec])
+        limits = (options[name] for name in ("budget", "max_seqs", "max_len", "max_queue"))
+        return build_control(
+            groups, begin["pages"], options["page_size"], options["scheduler"], options["prefix"],
+            options["evict"], Capacity(*limits),
+        )  # fmt: skip
+    except _BAD as error:
+        raise _error(path, 1, f"describes no engine: {error!r}") from error
 
 
 def _repeat(
@@ -123,7 +140,7 @@ def _repeat(
     match record["call"]:
         case "add":
             with suppress(QueueFull):  # as it was when it was recorded
-                control.add(msgspec.convert(record["request"], Request))
+                control.add(msgspec.convert(record["request"], Request, str_keys=True))
         case "abort":
             report.aborts += 1
             control.abort(record["id"], now)
@@ -132,7 +149,7 @@ def _repeat(
         case "plan":
             plan = control.plan(now)
             plans[plan.step] = plan
-            _compare(as_record(plan), record["plan"], report)
+            _compare(msgspec.to_builtins(as_record(plan)), record["plan"], report)
         case "apply":
             plan = plans.pop(record["step"])
             extras = {int(i): SpanResult(error=text) for i, text in record["errors"].items()}
@@ -143,50 +160,86 @@ def _repeat(
             control.retreat([plans.pop(step) for step in record["steps"]], now)
         case "clear":
             control.clear_prefixes(now)
+        case "check":
+            control.check_integrity()
         case "truncated":
             report.truncated = True
         case other:
-            raise ConfigError(f"a step log has no call {other!r}")
+            raise ValueError(f"a step log has no call {other!r}")
 
 
 def _compare(replayed: dict[str, Any], recorded: dict[str, Any], report: Report) -> None:
+    """Count a step, and note the first place where its plan differs."""
     report.steps += 1
-    report.forks += len({target for _, _, target in recorded["copies"]})
-    plain = msgspec.to_builtins(replayed)
-    for name, value in recorded.items():
-        if plain.get(name) != value:
-            _differs(report, Difference(recorded["step"], name, value, plain.get(name)))
+    kind = regime(_shape(replayed["spans"])) if replayed["spans"] else "nothing computed"
+    report.regimes[kind] = report.regimes.get(kind, 0) + 1
+    report.forks += sum(group == 0 for group, _, _ in replayed["copies"])
+    for name in {**replayed, **recorded}:
+        before, now = recorded.get(name), replayed.get(name)
+        if before != now:
+            report.differing += 1
+            if len(report.shown) < SHOWN:
+                report.shown.append(_first(replayed["step"], name, before, now))
             return
 
 
-def _differs(report: Report, difference: Difference) -> None:
-    report.differing += 1
-    if len(report.shown) < SHOWN:
-        report.shown.append(difference)
+def _first(step: int, name: str, recorded: Any, replayed: Any) -> Difference:
+    """The first entry that differs, of fields that are lists."""
+    if isinstance(recorded, list) and isinstance(replayed, list):
+        for at in range(max(len(recorded), len(replayed))):
+            before, now = recorded[at : at + 1], replayed[at : at + 1]
+            if before != now:
+                shown = [one[0] if one else "nothing" for one in (before, now)]
+                return Difference(step, f"{name}[{at}]", *shown)
+    return Difference(step, name, recorded, replayed)
+
+
+def _shape(spans: list[list[Any]]) -> StepShape:
+    return shape_of((start, length, wants) for _, start, length, _, wants in spans)
 
 
 def spec_of(path: str) -> ModelSpec:
     """The model of a log."""
-    return msgspec.convert(next(records(path))["spec"], ModelSpec)
+    begin = next(records(path))
+    try:
+        return msgspec.convert(begin["spec"], ModelSpec)
+    except _BAD as error:
+        raise _error(path, 1, f"describes no model: {error!r}") from error
 
 
 def step_rows(path: str) -> Iterator[tuple[StepShape, float]]:
     """(shape, seconds) of every recorded step that computed something, for fitted cost models.
 
-    Left out: the first step of each kind (decodes only, with prompts), which warms caches up, and
-    steps that failed or did not fit, which no result ended.
+    A step that was handed over while another ran counts from the other's end, since what it waited
+    for the device is not its own. Left out: the first step of each kind (decodes only, with
+    prompts), which warms caches up, and steps that failed or did not fit, which no result ended.
     """
     spans: dict[int, list[list[Any]]] = {}
+    queued: set[int] = set()  # handed over behind another
     warm: set[bool] = set()
-    for record in records(path):
-        if record["call"] == "plan":
-            spans[record["plan"]["step"]] = record["plan"]["spans"]
-        elif record["call"] == "apply":
-            found = spans.pop(record["step"])
-            if not found:
-                continue
-            shape = shape_of((start, length, wants) for _, start, length, _, wants in found)
-            kind = bool(shape.chunks)
-            if kind in warm and record["seconds"] > 0:
-                yield shape, record["seconds"]
-            warm.add(kind)
+    ended = 0.0
+    for number, record in enumerate(records(path), 1):
+        try:
+            match record["call"]:
+                case "plan":
+                    step = record["plan"]["step"]
+                    if spans:
+                        queued.add(step)
+                    if record["plan"]["spans"]:
+                        spans[step] = record["plan"]["spans"]
+                case "fail" | "retreat":
+                    for step in record["steps"]:
+                        spans.pop(step, None)
+                case "apply":
+                    step, seconds = record["step"], record["seconds"]
+                    since, ended = record["now"] - ended, record["now"]
+                    if step not in spans:
+                        continue
+                    shape = _shape(spans.pop(step))
+                    seconds = min(seconds, since) if step in queued else seconds
+                    kind = bool(shape.chunks)
+                    if kind in warm and seconds > 0:
+                        yield shape, seconds
+                    warm.add(kind)
+        except _BAD as error:
+            raise _error(path, number, f"no step of a step log: {error!r}") from error

@@ -2,17 +2,23 @@
 
 import gzip
 import json
+from collections import Counter
+from concurrent.futures import Future
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import msgspec
 import pytest
+from torch import OutOfMemoryError
 
 from kvarn.cli import main
 from kvarn.core.config import resolve
 from kvarn.core.errors import ConfigError
-from kvarn.core.request import Request, SamplingParams
+from kvarn.core.plan import SpanResult, StepPlan, StepResult
+from kvarn.core.request import SLO, Request, SamplingParams
 from kvarn.engine.engine import Engine
+from kvarn.engine.steplog import StepLog
 from kvarn.sim.replay import records, replay, step_rows
 
 RECORDED = Path(__file__).parents[1] / "data" / "steps_smollm2_cpu.jsonl.gz"
@@ -135,3 +141,163 @@ def test_steps_are_priced_by_shape():
     assert len(rows) > 2000
     assert all(0 < seconds < 10 and shape.n_tokens <= 48 for shape, seconds in rows)
     assert {bool(shape.chunks) for shape, _ in rows} == {True, False}
+
+
+class Faulty:
+    """An executor that fails now and then: out of memory, broken, or a request at fault."""
+
+    def __init__(self, executor: Any) -> None:
+        self._executor, self._calls = executor, 0
+
+    def run(self, plan: StepPlan) -> StepResult:
+        self._calls += 1
+        if plan.spans and self._calls % 11 == 0:
+            raise OutOfMemoryError("no memory for this step")
+        if plan.spans and self._calls % 29 == 0:
+            raise RuntimeError("this step broke")
+        result = self._executor.run(plan)
+        if plan.spans and self._calls % 17 == 0:
+            result.extras[0] = SpanResult(error="this request is at fault")
+        return result
+
+    def launch(self, plan: StepPlan) -> "Future[StepResult]":
+        pending: Future[StepResult] = Future()
+        try:
+            pending.set_result(self.run(plan))
+        except Exception as error:
+            pending.set_exception(error)
+        return pending
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._executor, name)
+
+
+@pytest.mark.parametrize("overlap", ["on", "off"])
+def test_failed_steps_decide_as_they_did(tiny_folder, tmp_path, monkeypatch, overlap):
+    made = Engine.__init__
+
+    def faulty(engine: Engine, *arguments: Any) -> None:
+        made(engine, *arguments)
+        engine.executor = Faulty(engine.executor)
+
+    monkeypatch.setattr(Engine, "__init__", faulty)
+    path = str(tmp_path / "log.jsonl")
+    record(tiny_folder("llama"), path, overlap=overlap)
+    calls = Counter(one["call"] for one in records(path))
+    assert calls["fail"] and calls["retreat"]
+    assert any(one["call"] == "apply" and one["errors"] for one in records(path))
+    report = replay(path)
+    assert report.steps > 40 and report.differing == 0, report.shown
+    assert len(list(step_rows(path))) <= calls["apply"]
+
+
+def test_ranks_write_one_log(tiny_folder, tmp_path):
+    path = str(tmp_path / "log.jsonl")
+    record(tiny_folder("llama"), path, tp=2)
+    assert Counter(one["call"] for one in records(path))["begin"] == 1
+    report = replay(path)
+    assert report.steps > 40 and report.differing == 0, report.shown
+
+
+def test_a_request_with_every_field_is_recorded(tiny_folder, tmp_path):
+    path = str(tmp_path / "log.jsonl.gz")
+    options = {"model": tiny_folder("llama"), "load": "random", "step_log": path}
+    engine = Engine(resolve(options | {"pages": 20, "page_size": 4, "max_len": 64}))
+    params = SamplingParams(
+        logit_bias={3: 1.5}, bad_word_ids=((1, 2),), allowed_token_ids=(3, 4, 5), seed=1,
+        stop_token_ids=(7,), max_tokens=3,
+    )  # fmt: skip
+    request = Request(
+        "a", [1, 2, 3], params, -2, 0.1, "user", "salt", SLO(ttft=0.5), None, eos_ids=(2,)
+    )
+    engine.add(request)
+    while engine.has_work:
+        engine.step()
+    engine.close()  # ends the log: compressed, its last records would be missing
+    added = next(one for one in records(path) if one["call"] == "add")
+    assert msgspec.convert(added["request"], Request, str_keys=True) == request
+    report = replay(path)
+    assert (report.steps > 0, report.differing, report.truncated) == (True, 0, False)
+
+
+def test_a_compressed_log_that_was_not_closed_is_read(tmp_path):
+    path = tmp_path / "killed.jsonl.gz"
+    data = RECORDED.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    report = replay(str(path))
+    assert report.truncated and report.differing == 0 and report.steps > 500
+
+
+def test_a_killed_engine_leaves_its_log(tiny_folder, tmp_path):
+    path = tmp_path / "log.jsonl"
+    log = StepLog(str(path))
+    log({"call": "begin"})
+    log({"call": "plan", "now": 0.1})
+    assert [one["call"] for one in records(str(path))] == ["begin", "plan"]  # not closed
+    log.close()
+    log({"call": "plan"})
+    assert len(path.read_text().splitlines()) == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_full_disk_ends_the_log_and_not_the_engine(caplog):
+    log = StepLog("/dev/full")
+    log({"call": "begin"})
+    log({"call": "plan"})
+    assert "/dev/full ends at record 1" in caplog.text
+
+
+def test_a_log_in_no_folder_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="cannot write"):
+        StepLog(str(tmp_path / "none" / "log.jsonl"))
+
+
+def broken(number: int, **change: Any) -> Any:
+    """A change of record `number` (from 1) of a log."""
+    return lambda found: found[number - 1].update(change)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (broken(1, options={}), "line 1: describes no engine"),
+        (broken(1, groups=[{}]), "line 1: describes no engine"),
+        (broken(2, request={"id": 3}), "line 2: cannot be replayed"),
+        (broken(2, call="nap"), "line 2: .*no call 'nap'"),
+        (broken(40, call="apply", step=9999), "line 40: cannot be replayed"),
+    ],
+)
+def test_a_damaged_record_is_named(tmp_path, change, says):
+    with pytest.raises(ConfigError, match=says):
+        replay(edited(tmp_path, change))
+
+
+def test_a_damaged_line_is_named_even_when_it_is_the_last(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    lines = gzip.decompress(RECORDED.read_bytes()).splitlines(keepends=True)[:9]
+    path.write_bytes(b"".join(lines[:8]) + lines[8][:20] + b"\n")
+    with pytest.raises(ConfigError, match="line 9: not a record"):
+        replay(str(path))
+
+
+def test_a_plan_that_lacks_a_field_differs(tmp_path):
+    def change(found: list[Any]) -> None:
+        plans = [one for one in found if one["call"] == "plan" and one["plan"]["spans"]]
+        del plans[100]["plan"]["spans"]
+
+    report = replay(edited(tmp_path, change))
+    assert report.differing == 1 and report.shown[0].what == "spans"
+
+
+def test_queued_steps_count_from_the_end_of_the_step_before(tmp_path):
+    def plan(step: int, now: float) -> dict[str, Any]:
+        return {"call": "plan", "now": now, "plan": {"step": step, "spans": [[0, 5, 1, 0, True]]}}
+
+    def apply(step: int, now: float, seconds: float) -> dict[str, Any]:
+        return {"call": "apply", "step": step, "now": now, "seconds": seconds}
+
+    log = [plan(0, 0.0), plan(1, 1.0), apply(0, 4.0, 4.0), plan(2, 5.0), apply(1, 8.0, 7.0)]
+    log += [apply(2, 11.0, 6.0), plan(3, 12.0), apply(3, 14.0, 2.0)]
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in log))
+    assert [seconds for _, seconds in step_rows(str(path))] == [4.0, 3.0, 2.0]
