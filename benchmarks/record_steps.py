@@ -1,25 +1,31 @@
 """Record a real run's decisions for the replay test: small memory, every kind of event.
 
     python benchmarks/record_steps.py tests/data/steps_smollm2_cpu.jsonl.gz
+    python benchmarks/record_steps.py tests/data/steps_1b_h100.jsonl.gz --cuda
 
-SmolLM2 on the CPU with few pages: preemptions, prefix hits, forks (n > 1), aborts, stop tokens,
-priorities, chunked prompts. What it shows is replayed in tests/replay.
+SmolLM2 on the CPU, or random weights on a GPU, with few pages: preemptions, prefix hits, forks (n > 1), aborts,
+stop tokens, priorities, chunked prompts. What it shows is replayed in tests/replay.
 """
 
-import sys
+import argparse
 from random import Random
+from typing import Any
 
 from kvarn.core.config import resolve
 from kvarn.core.request import Request, SamplingParams
 from kvarn.engine.engine import Engine
 
-OPTIONS = {"pages": 120, "page_size": 4, "max_len": 256, "budget": 48, "max_seqs": 12}
+CPU: dict[str, Any] = {"model": "smollm2-135m", "pages": 120, "page_size": 4}
+CUDA: dict[str, Any] = {
+    "model": "llama-3.2-1b", "load": "random", "device": "cuda", "pages": 30, "page_size": 16,
+}  # fmt: skip
+OPTIONS = {"max_len": 256, "budget": 48, "max_seqs": 12}
 STEPS = 2400
 
 
-def main(path: str) -> None:
+def main(path: str, cuda: bool) -> None:
     """Serve random requests for `STEPS` steps, then until all have ended."""
-    engine = Engine(resolve(OPTIONS | {"model": "smollm2-135m", "step_log": path}))
+    engine = Engine(resolve((CUDA if cuda else CPU) | OPTIONS | {"step_log": path}))
     rng, made, steps = Random(0), 0, 0
     open_: list[str] = []
     while steps < STEPS or engine.has_work:
@@ -48,7 +54,7 @@ def random_request(name: str, rng: Random, engine: Engine) -> Request:
         max_tokens=rng.randrange(1, 70),
         temperature=rng.choice((0.0, 1.0)),
         seed=rng.randrange(1 << 30),
-        stop=("the",) if rng.random() < 0.2 else (),
+        stop=("the",) if rng.random() < 0.2 and engine.tokenizer is not None else (),
         ignore_eos=rng.random() < 0.5,
     )
     priority, now = rng.choice((0, 0, 0, 1, -1)), engine.clock()
@@ -56,4 +62,8 @@ def random_request(name: str, rng: Random, engine: Engine) -> Request:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("log")
+    parser.add_argument("--cuda", action="store_true")
+    given = parser.parse_args()
+    main(given.log, given.cuda)
