@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvarn.bench.sim import ClosedLoop, generated
+from kvarn.bench.sim_load import ClosedLoop, generated
 from kvarn.core.errors import ConfigError
 from kvarn.workload.trace import Trace, TraceRequest
 
