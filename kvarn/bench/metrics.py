@@ -49,7 +49,7 @@ def whole_run(
     good = [sample for sample in samples if sample.ok]
     n_input = sum(sample.n_prompt for sample in good)
     n_output = sum(sample.n_output for sample in good)
-    met = sum(_meets(sample, goodput) for sample in good)
+    met = sum(meets(sample, goodput) for sample in good)
     found: dict[str, Any] = {
         "duration": duration,
         "completed": len(good),
@@ -135,7 +135,8 @@ def steady_window(
     }
 
 
-def _meets(sample: Sample, goodput: dict[str, float]) -> bool:
+def meets(sample: Sample, goodput: dict[str, float]) -> bool:
+    """Whether an answered request met every target [ms]."""
     seen = {"ttft": sample.ttft, "tpot": tpot(sample), "e2el": sample.latency}
     return all(seen[name] * 1000 <= most for name, most in goodput.items())
 

@@ -146,3 +146,18 @@ class Traffic:
     perfetto: str | None = option(
         None, "write every instance's steps to this file (ui.perfetto.dev)"
     )
+    plots: str | None = option(None, "draw latencies and KV use into this folder, as SVG files")
+
+
+@dataclass(slots=True)
+class Search:
+    """What a capacity search looks for, and how closely."""
+
+    find: str | None = option(
+        None, "rate: the highest at which the --goodput targets are met; fleet: the cheapest for it"
+    )
+    attain: float = option(0.99, "share of all requests that must meet every target, in (0, 1]")
+    tolerance: float = option(0.02, "rate: relative distance of the rates the answer lies between")
+    try_device: tuple[str, ...] = option((), "fleet: devices to choose from, such as H100,L40S")
+    try_tp: tuple[int, ...] = option((), "fleet: values of tp to choose from, such as 1,2")
+    max_instances: int = option(64, "fleet: most instances that are tried")

@@ -9,6 +9,7 @@ import gc
 import math
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -61,8 +62,10 @@ def measured(fleet_: Fleet, work: Workload, traffic: Traffic, trace: Trace) -> S
     """Simulate a fleet under `trace`, and report it."""
     spec = find_spec(fleet_.model)
     began = time.perf_counter()
-    keep_steps = traffic.perfetto is not None
-    outcome = simulate(fleet_, spec, trace, keep_steps, closed_loop=traffic.closed_loop)
+    outcome = simulate(
+        fleet_, spec, trace, keep_steps=traffic.perfetto is not None,
+        closed_loop=traffic.closed_loop, keep_pages=traffic.plots is not None,
+    )  # fmt: skip
     result = report(fleet_, work, traffic, trace, outcome)
     result["wall_seconds"] = time.perf_counter() - began
     return Simulated(result, outcome, trace)
@@ -78,14 +81,17 @@ def find_spec(model: str) -> ModelSpec:
 
 def simulate(
     fleet_: Fleet, spec: ModelSpec, trace: Trace, keep_steps: bool = False,
-    cost: CostModel | None = None, closed_loop: bool = False,
+    cost: CostModel | None = None, closed_loop: bool = False, keep_pages: bool = False,
 ) -> Outcome:  # fmt: skip
     """Run a trace through the fleet, priced by its own cost model or by `cost`."""
     if fleet_.instances < 1:
         raise ConfigError(f"instances must be at least 1, got {fleet_.instances}")
     cost = cost or price_list(fleet_, spec)
     tokens = sum(one.n_out for one in trace)
-    tally = Tally(steps=[] if keep_steps else None, keep_gaps=tokens <= MOST_GAPS)
+    tally = Tally(
+        steps=[] if keep_steps else None, keep_gaps=tokens <= MOST_GAPS,
+        page_use={} if keep_pages else None,
+    )  # fmt: skip
     instances = [
         Instance(f"{spec.name}-{i}", make_control(fleet_, spec, trace), cost, tally)
         for i in range(fleet_.instances)
@@ -183,6 +189,8 @@ def report(
         "burstiness": traffic.burstiness,
         "max_concurrency": None,
         **metrics.whole_run(samples, duration, traffic.percentiles, goodput),
+        "targets_ms": goodput,
+        "attainment": attainment(samples, len(trace), goodput),
         "steady": metrics.steady_window(samples, duration, traffic.percentiles),
         "error_counts": dict(Counter(s.error for s in samples if not s.ok).most_common(20)),
         **engine_side(fleet_, outcome, done, duration),
@@ -195,6 +203,14 @@ def report(
         result |= metrics.detailed(samples)
         result["routing"] = [(one.instance, one.why) for one in outcome.records]
     return result
+
+
+def attainment(samples: Sequence[Sample], sent: int, goodput: dict[str, float]) -> float | None:
+    """Share of `sent` requests, refused and failed ones included, that met every target."""
+    if not goodput:
+        return None
+    met = sum(sample.ok and metrics.meets(sample, goodput) for sample in samples)
+    return met / sent if sent else 0.0
 
 
 def engine_side(

@@ -64,6 +64,12 @@ def generated(name: str, work: Workload, traffic: Traffic) -> Trace:
     return by_name(name, **options)
 
 
+def sessions_of(traffic: Traffic) -> bool:
+    """Whether the rate counts sessions: the generator makes whole conversations."""
+    make = GENERATORS.get(traffic.trace or "")
+    return make is not None and "sessions" in inspect.signature(make).parameters
+
+
 def requests_of(trace: Trace, only: Iterable[TraceRequest] | None = None) -> Iterator[Request]:
     """Requests of the engine, one at a time: a long trace's prompts never lie in memory at once."""
     first = trace.requests[0].at if trace.requests else 0.0

@@ -2,7 +2,7 @@
 
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -10,6 +10,8 @@ from kvarn.core.seq import Seq
 from kvarn.cost.shape import StepShape
 from kvarn.sim.heap import NS
 from kvarn.sim.instance import Instance
+
+MOST_SLOTS = 2048  #: of the curve of pages in use, by instance
 
 
 def _no_gaps() -> "array[float]":
@@ -49,6 +51,39 @@ class StepRow:
 
 
 @dataclass(slots=True)
+class PageUse:
+    """KV pages that the sequences of an instance hold, over time, in bounded memory.
+
+    Time is cut into slots of equal width; each keeps the most pages held in it and the last count.
+    When there are too many slots, they become twice as wide.
+    """
+
+    width: int = NS // 1000  #: of a slot [ns]
+    slots: dict[int, tuple[int, int]] = field(default_factory=dict)  #: (most, last) by number
+
+    def saw(self, at: int, pages: int) -> None:
+        """`pages` are held from `at` [ns] on; times do not decrease."""
+        slot = at // self.width
+        most = max(pages, self.slots[slot][0]) if slot in self.slots else pages
+        self.slots[slot] = (most, pages)
+        if len(self.slots) > MOST_SLOTS:
+            self._widen()
+
+    def curve(self) -> Iterator[tuple[float, int]]:
+        """(seconds, pages): at the start of each seen slot the most, at its end the last count."""
+        for slot, (most, last) in self.slots.items():
+            yield slot * self.width / NS, most
+            yield (slot + 1) * self.width / NS, last
+
+    def _widen(self) -> None:
+        self.width *= 2
+        wider: dict[int, tuple[int, int]] = {}
+        for slot, (most, last) in self.slots.items():
+            wider[slot // 2] = (max(most, wider.get(slot // 2, (0, 0))[0]), last)
+        self.slots = wider
+
+
+@dataclass(slots=True)
 class Tally:
     """A watcher that keeps what results need: times by request, gaps between tokens by length.
 
@@ -60,6 +95,7 @@ class Tally:
     gaps: Counter[int] = field(default_factory=Counter)  #: tokens by the gap before them [us]
     steps: list[StepRow] | None = None  #: filled only where asked for
     keep_gaps: bool = True
+    page_use: dict[str, PageUse] | None = None  #: by instance; filled only where asked for
 
     def committed(self, instance: Instance, seqs: Sequence[Seq], ends: list[int]) -> None:
         """Each of `seqs` got a token at each of `ends`; what is between those is alike for all."""
@@ -79,9 +115,13 @@ class Tally:
                     record.gaps.append(gap / NS)
             record.gaps.extend(kept)
             record.last = ends[-1]
+        if self.page_use is not None:
+            self._see_pages(self.page_use, instance, ends[-1])
 
     def stepped(self, instance: Instance, shape: StepShape, start: int, end: int) -> None:
-        """Keep the step, if steps are wanted."""
+        """Keep the step, if steps are wanted, and the pages held during it."""
+        if self.page_use is not None:
+            self._see_pages(self.page_use, instance, start)
         if self.steps is not None:
             control = instance.control
             running, waiting = len(control.queues.running), len(control.queues.waiting)
@@ -94,6 +134,9 @@ class Tally:
         record.cached, record.preemptions, record.error = seq.cached, seq.preemptions, error
         record.end = None if error else now
 
+    def _see_pages(self, use: dict[str, PageUse], instance: Instance, at: int) -> None:
+        use.setdefault(instance.name, PageUse()).saw(at, instance.control.kv.held(0))
+
 
 @dataclass(slots=True)
 class Outcome:
@@ -104,6 +147,7 @@ class Outcome:
     steps: list[StepRow] | None
     instances: list[Instance]
     end: int  #: last event [ns]
+    page_use: dict[str, PageUse] | None = None  #: by instance, where asked for
 
     @property
     def seconds(self) -> float:

@@ -56,7 +56,10 @@ class Simulation:
                 self._take_next()
             else:
                 self._completed(*event)
-        return Outcome(self._order, self.tally.gaps, self.tally.steps, self.instances, heap.now)
+        tally = self.tally
+        return Outcome(
+            self._order, tally.gaps, tally.steps, self.instances, heap.now, tally.page_use
+        )
 
     # events
 
