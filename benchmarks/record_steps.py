@@ -3,8 +3,8 @@
     python benchmarks/record_steps.py tests/data/steps_smollm2_cpu.jsonl.gz
     python benchmarks/record_steps.py tests/data/steps_1b_h100.jsonl.gz --cuda
 
-SmolLM2 on the CPU, or random weights on a GPU, with few pages: preemptions, prefix hits, forks (n > 1), aborts,
-stop tokens, priorities, chunked prompts. What it shows is replayed in tests/replay.
+SmolLM2 on the CPU, or random weights on a GPU, with few pages: preemptions, prefix hits, forks,
+aborts, stop tokens, priorities, chunked prompts. What it shows is replayed in tests/replay.
 """
 
 import argparse
