@@ -64,7 +64,7 @@ SETUPS = {
             "model": "llama-3.1-8b", "load": "random", "max_len": 4096, "max_seqs": 64,
             "device": "cuda", "overlap": "off",
         },
-        120, (64, 2048), (16, 256), 1200,
+        60, (64, 2048), (16, 256), 1200,
     ),
 }  # fmt: skip
 
@@ -169,8 +169,8 @@ def summary(rows: list[Row]) -> Row:
     }  # fmt: skip
 
 
-def validate(setup: Setup, folder: Path) -> dict[str, Any]:
-    """Both protocols, with room for the KV of all sequences and with too little."""
+def validate(setup: Setup, folder: Path) -> Iterator[dict[str, Any]]:
+    """Both protocols, with room for the KV of all sequences and then with too little."""
     pools = {"slack": setup.options, "thrashing": setup.options | {"pages": setup.scarce}}
     judged, runs, about = list[tuple[Any, float, str]](), list[dict[str, Any]](), dict[str, Any]()
     for pool, options in pools.items():
@@ -195,7 +195,7 @@ def validate(setup: Setup, folder: Path) -> dict[str, Any]:
             runs += compare(pool, load, predict(setup, served.engine, trace, cost), real[load])
         about[pool] = {"saturation": saturation, "pages": served.engine.control.kv.pages[0]}
         served.engine.close()
-    return {"pools": about, "steps": by_regime(judged), "results": runs}
+        yield {"pools": about, "steps": by_regime(judged), "results": runs}
 
 
 def compare(pool: str, load: float, guess: Row, real: list[Row]) -> Iterator[dict[str, Any]]:
@@ -228,11 +228,14 @@ def main() -> None:
     parser.add_argument("--json", default=None)
     given = parser.parse_args()
     setup = SETUPS[given.setup]
+    about = {
+        "requests": setup.requests, "repeats": REPEATS, "inputs": setup.inputs,
+        "outputs": setup.outputs, "loads": LOADS,
+    }  # fmt: skip
+    header = record.header(f"sim_{given.setup}", about, setup.options)
     with tempfile.TemporaryDirectory() as folder:
-        result = validate(setup, Path(folder))
-    about = {"requests": setup.requests, "repeats": REPEATS, "inputs": setup.inputs,
-             "outputs": setup.outputs, "loads": LOADS}  # fmt: skip
-    record.write(record.header(f"sim_{given.setup}", about, setup.options) | result, given.json)
+        for result in validate(setup, Path(folder)):
+            record.write(header | result, given.json)
 
 
 if __name__ == "__main__":
