@@ -1,4 +1,4 @@
-"""`kvarn bench offline | serve | latency | startup | perplexity | compare`."""
+"""`kvarn bench offline | serve | latency | startup | perplexity | compare | policies`."""
 
 import sys
 from typing import Annotated, Any
@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from kvarn.bench.options import Latency, Load, Offline, Perplexity, Startup, Workload
+from kvarn.cli_compare_policies import policies
 from kvarn.cli_options import chosen, takes
 from kvarn.core.config import EngineConfig
 
@@ -21,6 +22,7 @@ def add_bench(app: typer.Typer) -> None:
     bench = typer.Typer(help="Measure speed and quality; compare two results.")
     for command in (_offline, _serve, _latency, _startup, _perplexity, _compare):
         bench.command(command.__name__.strip("_"))(command)
+    bench.command("policies")(policies)
     app.add_typer(bench, name="bench")
 
 
