@@ -36,7 +36,7 @@ def _sim(
     fleet_, work_, traffic_ = Fleet(**fleet), Workload(**work), Traffic(**traffic)
     wanted = Search(**search)
     if traffic_.plots is not None:
-        plots.need_matplotlib()
+        plots.ready(traffic_.plots)
     answer = None
     if search:
         answer = capacity.search(fleet_, work_, traffic_, wanted)

@@ -19,28 +19,27 @@ SIZE = (6.4, 4.0)  #: of a drawing [inches]
 TARGETS = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2E latency"}
 
 
-def need_matplotlib() -> None:
-    """Raise `ConfigError` where matplotlib is not installed: before a long run, not after."""
+def ready(folder: str) -> None:
+    """Make the folder; raise `ConfigError` if nothing can be drawn: before a long run, not after."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ConfigError("--plots needs matplotlib: pip install kvarn[plots]") from None
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot draw into {folder}: {error.strerror}") from None
 
 
 def write(done: Simulated, folder: str) -> list[Path]:
-    """Draw the run into `folder` (made if need be); the files. Latencies of completed requests."""
-    need_matplotlib()
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        path = Path(folder)
-        files = [_drawn(path / "latency_cdf.svg", _cdfs, done, columns=3)]
-        if done.outcome.page_use is not None:
-            files.append(_drawn(path / "kv_use.svg", _kv_use, done.outcome))
-        capacity = done.result.get("capacity", {})
-        if "curve" in capacity:
-            files.append(_drawn(path / "goodput.svg", _goodput, capacity, columns=2))
-    except OSError as error:
-        raise ConfigError(f"cannot draw into {folder}: {error.strerror}") from None
+    """Draw the run into `folder`; the files. Latencies are those of completed requests."""
+    ready(folder)
+    path, capacity = Path(folder), done.result.get("capacity", {})
+    files = [_drawn(path / "latency_cdf.svg", _cdfs, done, columns=3)]
+    if done.outcome.page_use is not None:
+        files.append(_drawn(path / "kv_use.svg", _kv_use, done.outcome))
+    if capacity.get("find") == "rate":
+        files.append(_drawn(path / "goodput.svg", _goodput, capacity, columns=2))
     return files
 
 
@@ -57,7 +56,10 @@ def _drawn(
         figure = Figure(figsize=(width, SIZE[1]), layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure.subplots(1, columns, squeeze=False)[0], data)
-        figure.savefig(path, format="svg", metadata={"Date": None})
+        try:
+            figure.savefig(path, format="svg", metadata={"Date": None})
+        except OSError as error:
+            raise ConfigError(f"cannot write {path}: {error.strerror}") from None
     return path
 
 
@@ -126,6 +128,8 @@ def _goodput(axes: Sequence[Any], capacity: dict[str, Any]) -> None:
     right.set(ylabel="share of requests that met every target", ylim=(0, 1.02))
     for ax in axes:
         ax.set_xscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("{x:g}")
         ax.set_xlabel(f"rate [{capacity['unit']}]")
         ax.grid(alpha=0.3)
         if capacity["rate"] is not None:
