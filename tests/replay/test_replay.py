@@ -21,7 +21,8 @@ from kvarn.engine.engine import Engine
 from kvarn.engine.steplog import StepLog
 from kvarn.sim.replay import records, replay, step_rows
 
-RECORDED = Path(__file__).parents[1] / "data" / "steps_smollm2_cpu.jsonl.gz"
+DATA = Path(__file__).parents[1] / "data"
+RECORDED = DATA / "steps_smollm2_cpu.jsonl.gz"
 
 
 def record(folder: str, path: str, **options: Any) -> None:
@@ -49,12 +50,19 @@ def record(folder: str, path: str, **options: Any) -> None:
     engine.close()
 
 
-def test_a_recorded_run_of_a_real_model_decides_as_it_did():
-    report = replay(str(RECORDED))
+@pytest.mark.parametrize(
+    "log, ends",
+    [
+        ("steps_smollm2_cpu.jsonl.gz", {"length", "stop", "abort"}),
+        ("steps_1b_h100.jsonl.gz", {"length", "abort"}),  # overlapped; random weights never stop
+    ],
+)
+def test_a_recorded_run_decides_as_it_did(log, ends):
+    report = replay(str(DATA / log))
     assert report.steps >= 2000 and report.differing == 0
     assert report.stats is not None and report.forks and report.aborts
     assert report.stats.preemptions > 100 and report.stats.cached_tokens > 1000
-    assert report.stats.finished.keys() >= {"length", "stop", "abort"}
+    assert report.stats.finished.keys() >= ends
 
 
 @pytest.mark.parametrize("overlap", ["on", "off"])
