@@ -1,0 +1,1 @@
+"""Speculation: proposers of drafts, control of their length, and what learns from verification."""

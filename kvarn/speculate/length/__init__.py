@@ -1,0 +1,1 @@
+"""Length control: how many tokens are drafted for whom, none included."""

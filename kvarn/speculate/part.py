@@ -1,0 +1,117 @@
+"""The words of speculation: drafts, verification records, and the two seams that make them.
+
+A round: the length control says how many tokens to draft for each sequence (`plan`), the proposer
+drafts them (`propose`), the next step verifies them together with its ordinary rows, and the
+control and the proposer learn what was accepted (`observe`). Nothing that they say can change what
+is generated: drafts are checked against the target model, so they cost time and never quality.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from kvarn.core.plan import SeqId
+from kvarn.core.seq import Seq
+
+
+@dataclass(slots=True)
+class Draft:
+    """Proposed continuations of one sequence: a chain, or a tree in topological order."""
+
+    tokens: list[int] = field(default_factory=list)
+    #: index of each token's parent, -1: the last committed token; None: a chain
+    parents: list[int] | None = None
+    #: how sure the proposer is that each is accepted, given that its parent is; in (0, 1]
+    confidence: list[float] = field(default_factory=list)
+    #: distributions [tokens, vocab] that a chain's tokens were drawn from; None: DELTA, the tokens
+    #: are what they are and could have been no others (greedy, n-gram, suffix tree)
+    q: Any = None
+
+    @property
+    def score(self) -> float:
+        """Tokens expected to be accepted, as the proposer sees it."""
+        reach, total = list[float](), 0.0
+        for i, sure in enumerate(self.confidence):
+            parent = i - 1 if self.parents is None else self.parents[i]
+            reach.append(sure * (reach[parent] if parent >= 0 else 1.0))
+            total += reach[-1]
+        return total
+
+
+@dataclass(slots=True)
+class Ask:
+    """A sequence to draft for, and the most tokens wanted (at least 1)."""
+
+    seq: Seq  #: caught up: all of `seq.tokens` but the last are computed
+    most: int
+
+
+@dataclass(slots=True)
+class Verified:
+    """What verification said of one sequence's draft in one step."""
+
+    seq: SeqId
+    drafted: int  #: tokens proposed; 0: it decoded as without speculation
+    accepted: int  #: of those, accepted
+    confidence: list[float] = field(default_factory=list)  #: the proposer's, by token
+
+
+class Costs(Protocol):
+    """What steps and drafts cost now, in seconds; measured by the engine as it goes."""
+
+    def step(self, rows: int) -> float:
+        """A step that computes `rows` positions for the sequences that run."""
+        ...
+
+    def draft(self, seqs: int, most: int) -> float:
+        """Drafting up to `most` tokens for each of `seqs` sequences."""
+        ...
+
+
+@dataclass(slots=True)
+class Round:
+    """What a length control sees when it plans a round."""
+
+    seqs: list[Seq]  #: those that could be drafted for
+    room: list[int]  #: most tokens that each could still use, by its end and the step's budget
+    others: int  #: positions of the coming step that belong to others (prompts, rows without draft)
+    costs: Costs
+
+
+class LengthControl(Protocol):
+    """How many tokens to draft. Left side: plain data in, plain data out; keeps its own state."""
+
+    def plan(self, round_: Round) -> list[int]:
+        """Tokens to draft for each sequence of the round; 0: none."""
+        ...
+
+    def goes_on(self, confidence: Sequence[float]) -> bool:
+        """In-round stop: whether to draft one more token after those of these confidences."""
+        ...
+
+    def observe(self, records: Sequence[Verified], step: float, draft: float) -> None:
+        """Learn from a step: its records, and the seconds of the step and of its drafting."""
+        ...
+
+    def forget(self, seq: SeqId) -> None:
+        """The sequence has ended."""
+        ...
+
+
+class Proposer(Protocol):
+    """Who guesses. `propose` sees committed tokens only; whatever it keeps it catches up itself."""
+
+    def propose(self, asks: Sequence[Ask], control: LengthControl) -> list[Draft]:
+        """A draft for each ask, with at most `most` tokens; an empty one where it knows nothing.
+
+        A proposer that drafts token by token asks `control.goes_on` after each.
+        """
+        ...
+
+    def observe(self, records: Sequence[Verified]) -> None:
+        """Learn what was accepted."""
+        ...
+
+    def forget(self, seq: Seq) -> None:
+        """The sequence has ended, with `seq.tokens` as they are."""
+        ...

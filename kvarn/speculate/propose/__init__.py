@@ -1,0 +1,1 @@
+"""Proposers: who guesses the next tokens; one file, one technique."""

@@ -1,0 +1,1 @@
+"""Training of drafters and acceptance heads, before and while serving."""
