@@ -1,6 +1,5 @@
 """`kvarn bench policies`: two or more policies in simulation, with error bars on their ratios."""
 
-from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -38,27 +37,16 @@ def policies(
     json: ToFile = None,
 ) -> int:
     """Does A beat B? Simulated policies, and what is left of their ratios if times are wrong."""
-    from kvarn.bench import error_bars, record, sim, sim_load
-    from kvarn.bench import residuals as errors
-    from kvarn.cost.perturb import draws as draw
+    from kvarn.bench import error_bars, record
 
-    base, load, traffic_ = Fleet(**fleet), Workload(**work), Traffic(**traffic)
-    fleets = error_bars.varied(base, vary)
-    width = errors.read(residuals)
-    spec, trace = sim.find_spec(base.model), sim_load.find_trace(load, traffic_)
-    found = error_bars.compare(
-        fleets,
-        lambda one: sim.price_list(one, spec),
-        draw(width.sigma, draws, draw_seed),
-        error_bars.simulator(spec, trace, traffic_.closed_loop),
-    )
-    result = record.header("policies", sim.workload_of(load, traffic_, trace), asdict(base)) | {
-        "vary": vary, "draws": draws, "draw_seed": draw_seed, **asdict(width), **asdict(found),
-    }  # fmt: skip
+    how = error_bars.Draws(draws, draw_seed, residuals)
+    result = error_bars.run(Fleet(**fleet), Workload(**work), Traffic(**traffic), vary, how)
     record.write(result, json)
-    rows = list(error_bars.rows(found))
+    rows = list(error_bars.rows(result))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(f"{text:{wide}}" for text, wide in zip(row, widths, strict=True)).rstrip())
-    print(f"{draws} draws of {width.source}; ratio above 1: better than {found.policies[0]}")
+    print(
+        f"{draws} draws of {result['source']}; ratio above 1: better than {result['policies'][0]}"
+    )
     return 0

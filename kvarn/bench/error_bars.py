@@ -5,18 +5,18 @@ wide as the model's errors against measurements. What is left of a ratio over th
 p95]; a policy is better only if p5 is above 1.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any, Literal, get_type_hints
 
-from kvarn.bench import sim
-from kvarn.bench.options import Fleet
+from kvarn.bench import record, residuals, sim
+from kvarn.bench.options import Fleet, Traffic, Workload
+from kvarn.bench.sim_load import find_trace
 from kvarn.bench.stats import percentile
 from kvarn.core.errors import ConfigError, nearest
 from kvarn.core.model import ModelSpec
-from kvarn.cost.perturb import Perturbed
+from kvarn.cost.perturb import Perturbed, draws
 from kvarn.cost.shape import CostModel
 from kvarn.sim.heap import NS
 from kvarn.sim.run import Outcome
@@ -46,6 +46,15 @@ class Claim:
     p95: float | None
     verdict: Verdict
     ratios: list[float | None]  #: by draw
+
+
+@dataclass(slots=True)
+class Draws:
+    """Wrong time models that every policy meets."""
+
+    n: int = 30
+    seed: int = 0
+    residuals: str | None = None  #: a validation's JSON; None: the published one
 
 
 @dataclass(slots=True)
@@ -107,6 +116,21 @@ def compare(
         for measure in MEASURES
     ]
     return Compared(names, nominal, drawn, claims)
+
+
+def run(fleet: Fleet, work: Workload, traffic: Traffic, vary: str, how: Draws) -> dict[str, Any]:
+    """Compare a fleet with itself under other values of one option (`varied`); the result."""
+    fleets, width = varied(fleet, vary), residuals.read(how.residuals)
+    spec, trace = sim.find_spec(fleet.model), find_trace(work, traffic)
+    found = compare(
+        fleets,
+        lambda one: sim.price_list(one, spec),
+        draws(width.sigma, how.n, how.seed),
+        simulator(spec, trace, traffic.closed_loop),
+    )
+    about = {"vary": vary, "draws": how.n, "draw_seed": how.seed}
+    head = record.header("policies", sim.workload_of(work, traffic, trace), asdict(fleet))
+    return head | about | asdict(width) | asdict(found)
 
 
 def _claim(
@@ -181,24 +205,20 @@ def _typed(name: str, value: str, hint: Any) -> Any:
         raise ConfigError(f"option {name!r} must be a whole number, not {value!r}") from None
 
 
-def rows(compared: Compared) -> Iterator[list[str]]:
-    """A table: measure, policy, value, ratio, bars and verdict as text, the head first."""
+def rows(result: dict[str, Any]) -> Iterator[list[str]]:
+    """A table of a result: measure, policy, value, ratio, bars and verdict as text, head first."""
     yield ["measure", "policy", "value", "ratio", "[p5, p95]", "verdict"]
-    claims = {(one.measure, one.policy): one for one in compared.claims}
+    claims = {(one["measure"], one["policy"]): one for one in result["claims"]}
     for measure in MEASURES:
-        for name, values in zip(compared.policies, compared.nominal, strict=True):
+        for name, values in zip(result["policies"], result["nominal"], strict=True):
             value, claim = f"{values[measure]:.4g}", claims.get((measure, name))
             if claim is None:
                 yield [measure, name, value, "", "", "baseline"]
             else:
-                yield [measure, name, value, shown(claim.nominal), bars(claim), claim.verdict]
+                bars = f"[{shown(claim['p5'])}, {shown(claim['p95'])}]"
+                yield [measure, name, value, shown(claim["nominal"]), bars, claim["verdict"]]
 
 
 def shown(ratio: float | None) -> str:
     """A ratio with three decimals."""
-    return "-" if ratio is None or not math.isfinite(ratio) else f"{ratio:.3f}"
-
-
-def bars(claim: Claim) -> str:
-    """[p5, p95]."""
-    return f"[{shown(claim.p5)}, {shown(claim.p95)}]"
+    return "-" if ratio is None else f"{ratio:.3f}"
