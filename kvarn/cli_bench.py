@@ -5,10 +5,12 @@ from typing import Annotated, Any
 
 import typer
 
+from kvarn.bench.compare import Row
 from kvarn.bench.options import Latency, Load, Offline, Perplexity, Startup, Workload
 from kvarn.cli_compare_policies import policies
 from kvarn.cli_options import chosen, takes
 from kvarn.core.config import EngineConfig
+from kvarn.core.errors import ConfigError
 
 Model = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="the same as --model")]
 ToFile = Annotated[str | None, typer.Option("--json", metavar="FILE", help="write the result")]
@@ -127,31 +129,48 @@ def _perplexity(
 
 
 def _compare(
-    a: Annotated[str, typer.Argument(metavar="A.json")],
-    b: Annotated[str, typer.Argument(metavar="B.json")],
+    files: Annotated[list[str], typer.Argument(metavar="A.json B.json [C.json ...]")],
     force: Annotated[
         bool, typer.Option("--force", help="compare in spite of different workloads")
     ] = False,
 ) -> int:
-    """Two results side by side, as ratios b / a; 1 where their workloads differ."""
+    """Two results as ratios b / a, or a simulation against runs; 1 where workloads differ."""
     from kvarn.bench import compare, record
 
-    left, right = record.read(a), record.read(b)
-    differing = compare.mismatches(left, right)
-    for line in compare.warnings(left, right):
+    results = [record.read(path) for path in files]
+    parts = compare.split(results)
+    if parts is None and len(results) != 2:
+        raise ConfigError(
+            f"two results, or a simulation and its measurements, are compared; got {len(results)}"
+        )
+    if parts is not None:
+        guess, real = parts
+        differing = compare.unlike(guess, real)
+        lines = compare.warnings(real[0], guess | {"device": real[0].get("device")})
+    else:
+        differing, lines = compare.mismatches(*results), compare.warnings(*results)
+    for line in lines:
         print(f"warning: {line}", file=sys.stderr)
     for line in differing:
         print(f"the workloads differ: {line}", file=sys.stderr)
     if differing and not force:
         print("kvarn: not compared; --force compares all the same", file=sys.stderr)
         return 1
-    rows = compare.rows(left, right)
+    if parts is not None:
+        print("\n".join(compare.prediction_lines(compare.judged(guess, real), len(real))))
+    else:
+        print("\n".join(ratio_lines(compare.rows(*results))))
+    return 0
+
+
+def ratio_lines(rows: list[Row]) -> list[str]:
+    """Measures of two results and their ratios as a table."""
     width = max((len(row.name) for row in rows), default=4)
-    print(f"{'':{width}}  {'a':>12}  {'b':>12}  {'b/a':>7}")
+    lines = [f"{'':{width}}  {'a':>12}  {'b':>12}  {'b/a':>7}"]
     for row in rows:
         ratio = f"{row.ratio:7.3f}" if row.ratio is not None else "      -"
-        print(f"{row.name:{width}}  {row.a:12.4g}  {row.b:12.4g}  {ratio}")
-    return 0
+        lines.append(f"{row.name:{width}}  {row.a:12.4g}  {row.b:12.4g}  {ratio}")
+    return lines
 
 
 def _report(result: dict[str, Any], path: str | None, lines: list[str]) -> None:
