@@ -273,7 +273,8 @@ def sim_routers(result: dict[str, Any]) -> Lines:
     }  # fmt: skip
     return [
         f"{said['instances']} instances of {said['model']} on {said['device']}, priced by the "
-        f"{said['cost']} (nothing measured: read the differences, not the times), "
+        f"{said['cost']} (nothing measured: read the differences, not the times; which of them last "
+        f"is told below, where they have error bars), "
         f"{result['workload']['trace']}.",
         "",
         *columns(result, picked),
@@ -281,6 +282,30 @@ def sim_routers(result: dict[str, Any]) -> Lines:
         f"{big['instances']} instances at {big['rate']:.0f} requests/s for "
         f"{big['virtual_seconds']:.0f} virtual seconds: {cell(big['wall_us_per_request'])} us a "
         f"request, so that an hour takes {cell(big['hour_in_hours'])} hours in one process.",
+    ]
+
+
+def policies(result: dict[str, Any]) -> Lines:
+    """Ratios of policies in simulation, with what is left of them when the times are wrong."""
+    said, option = result["config"], result["vary"].partition("=")[0]
+    rows = [
+        [
+            one["measure"], one["policy"].removeprefix(f"{option}="), one["nominal"],
+            f"[{cell(one['p5'])}, {cell(one['p95'])}]", one["verdict"],
+        ]
+        for one in result["claims"]
+    ]  # fmt: skip
+    base = result["policies"][0].removeprefix(f"{option}=")
+    sigmas = ", ".join(f"{term} {cell(wide)}" for term, wide in result["sigma"].items())
+    return [
+        f"How many times better than {base}, and [p5, p95] of that over {result['draws']} draws of "
+        f"a wrong time model that every {option} meets; better only if p5 is above 1 "
+        f"([how](cost-model.md#how-far-to-trust-a-conclusion)). {said['instances']} instances of "
+        f"{said['model']} on {said['device']}, priced by the {said['cost']}; "
+        f"{result['workload']['requests']} requests of {result['workload']['trace']}. "
+        f"Log-deviations by term: {sigmas} ({result['source']}).",
+        "",
+        *table(["measure", option, "ratio", "[p5, p95]", "verdict"], rows),
     ]
 
 
@@ -316,6 +341,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "gpu_attention": ("Attention alone on a GPU", gpu_attention),
     "sim_vllm": ("Public vLLM runs, predicted", sim_vllm),
     "sim_routers": ("Routers in simulation", sim_routers),
+    "policies": ("Routers in simulation, with error bars", policies),
     "sim_validation": ("Simulated and measured serving", sim_validation),
     "scheduler_overhead": ("Time of the decisions", scheduler_overhead),
 }
