@@ -50,5 +50,7 @@ class EngineStats:
     prompt_tokens: int = 0  #: of admitted requests
     cached_tokens: int = 0  #: of those, found in the prefix cache
     output_tokens: int = 0
+    drafted_tokens: int = 0  #: proposed by speculation and verified
+    accepted_tokens: int = 0  #: of those, accepted
     steps: int = 0
     finished: dict[str, int] = field(default_factory=dict)  #: by finish reason

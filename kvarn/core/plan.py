@@ -1,6 +1,7 @@
 """`StepPlan` crosses from decisions to computation, `StepResult` comes back. Plain data."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from kvarn.core.request import Request
 
@@ -17,6 +18,39 @@ class Span:
     length: int  #: positions computed, drafts included
     drafts: int = 0  #: the last `drafts` of them are proposals to be verified
     wants_logits: bool = True  #: the last position's logits choose the next token
+
+
+@dataclass(slots=True)
+class Draft:
+    """Proposed continuations of one sequence: a chain, or a tree in topological order."""
+
+    tokens: list[int] = field(default_factory=list)
+    #: index of each token's parent, -1: the last committed token; None: a chain
+    parents: list[int] | None = None
+    #: how sure the proposer is that each is accepted, given that its parent is; in (0, 1]
+    confidence: list[float] = field(default_factory=list)
+    #: distributions [tokens, vocab] that a chain's tokens were drawn from; None: DELTA, the tokens
+    #: are what they are and could have been no others (greedy, n-gram, suffix tree)
+    q: Any = None
+
+    def first(self, count: int) -> "Draft":
+        """The first `count` tokens; of a tree, too, what is left is one."""
+        return Draft(
+            self.tokens[:count],
+            None if self.parents is None else self.parents[:count],
+            self.confidence[:count],
+            None if self.q is None else self.q[:count],
+        )
+
+    @property
+    def score(self) -> float:
+        """Tokens expected to be accepted, as the proposer sees it."""
+        reach, total = list[float](), 0.0
+        for i, sure in enumerate(self.confidence):
+            parent = i - 1 if self.parents is None else self.parents[i]
+            reach.append(sure * (reach[parent] if parent >= 0 else 1.0))
+            total += reach[-1]
+        return total
 
 
 @dataclass(slots=True)
@@ -62,6 +96,8 @@ class StepPlan:
     edits: list[TableEdit] = field(default_factory=list)
     copies: list[PageCopy] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
+    #: what the drafts of the spans are, by sequence
+    drafts: dict[SeqId, Draft] = field(default_factory=dict)
 
     @property
     def n_tokens(self) -> int:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from kvarn.core.plan import PageId, SeqId
+from kvarn.core.plan import Draft, PageId, SeqId
 from kvarn.core.request import Request
 
 
@@ -27,7 +27,8 @@ class Seq:
     goal: int  #: positions that will ever be computed: the last token's KV is never needed
     order: tuple[int, int]  #: (priority, arrival number): smaller goes first
     computed: int = 0  #: positions whose KV is in pages, counting the steps in flight
-    pending: int = 0  #: tokens that steps in flight will append
+    pending: int = 0  #: tokens that steps in flight will append, or the first of several
+    draft: Draft | None = None  #: to be verified by the next step that computes it to its end
     capacity: int = 0  #: positions that the tables have pages for
     tables: list[list[PageId]] = field(default_factory=list)  #: by group; NO_PAGE: given back
     published: int = 0  #: leading pages entered in the prefix index

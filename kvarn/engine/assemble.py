@@ -27,6 +27,7 @@ from kvarn.runner.sampler import Sampler
 from kvarn.runner.warm import decode_step
 from kvarn.schedule.build import build_control
 from kvarn.schedule.control import Capacity, ControlPlane
+from kvarn.speculate.speculation import Speculation
 
 if TYPE_CHECKING:
     from kvarn.engine.steplog import StepLog
@@ -49,6 +50,7 @@ class Assembly:
     parts: dict[str, type[Part]]  #: by kind
     capabilities: frozenset[Cap]
     step_log: "StepLog | None"  #: rank 0 alone decides, and so records
+    speculation: Speculation | None  #: rank 0's as well
     seconds: dict[str, float] = field(default_factory=dict)  #: start-up, by stage
     ranks: list[dict[str, object]] = field(default_factory=list)  #: what each holds; one: nothing
 
@@ -161,8 +163,14 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
         parts,
         capabilities,
         step_log,
+        _speculation(config, group),
         seconds,
     )
+
+
+def _speculation(config: EngineConfig, group: Collective) -> Speculation | None:
+    """Who drafts, if anybody."""
+    return None
 
 
 def _choose_parts(resolved: Resolved, here: Cap) -> dict[str, Any]:

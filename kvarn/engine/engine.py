@@ -5,7 +5,7 @@ Errors belong to the request: a step that breaks ends the sequences in it, and n
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from kvarn.core.bad_words import encode_bad_words
 from kvarn.core.config import Resolved
 from kvarn.core.errors import EngineDied, RequestError
 from kvarn.core.output import EngineStats, Output, Timings
-from kvarn.core.plan import SpanResult, StepPlan, StepResult, TokenLogprobs
+from kvarn.core.plan import SeqId, SpanResult, StepPlan, StepResult, TokenLogprobs
 from kvarn.core.request import Request
 from kvarn.core.seq import Seq
 from kvarn.core.validate import validate
@@ -25,6 +25,7 @@ from kvarn.engine.ranks import on_ranks
 from kvarn.engine.text import TextTap
 from kvarn.runner.executor import Pending
 from kvarn.schedule.control import Progress
+from kvarn.speculate.speculation import Speculation
 
 log = logging.getLogger("kvarn.engine")
 
@@ -43,6 +44,8 @@ class Engine:
         self.executor = parts.runner
         self.clock = clock
         self.overlap = resolved.config.overlap == "on"
+        self.speculation = parts.speculation
+        self._recorded = clock()  # when the last step was
         self._in_flight: tuple[StepPlan, Pending] | None = None
         self._taps: dict[int, TextTap] = {}  # by sequence
         self._scores: dict[int, list[TokenLogprobs | None]] = {}  # prompt logprobs so far
@@ -66,6 +69,8 @@ class Engine:
             params = replace(params, bad_word_ids=params.bad_word_ids + ids)
         eos_ids = request.eos_ids or self.spec.eos_ids
         request = replace(request, sampling=params, eos_ids=eos_ids)
+        if not self.has_work:
+            self._recorded = self.clock()
         for seq in self.control.add(request):
             if tokenizer is not None:
                 stream = tokenizer.stream(params.skip_special_tokens)
@@ -91,6 +96,10 @@ class Engine:
         """Advance every scheduled sequence once; what is new for whom."""
         if not self.has_work:
             return []
+        if self.speculation is not None:
+            lengths = self.speculation.lengths(self.control)
+            if lengths:
+                return self._step_drafted(self.speculation, lengths)
         return self._step_overlapped() if self.overlap else self._step()
 
     def _step(self) -> list[Output]:
@@ -114,6 +123,15 @@ class Engine:
         outputs = [] if done is None else self._collect(*done)
         return outputs if refusal is None else outputs + self._broken([plan], refusal)
 
+    def _step_drafted(self, speculation: Speculation, lengths: Mapping[SeqId, int]) -> list[Output]:
+        """Draft, then decide, verify, record. Drafts follow what is known: nothing overlaps."""
+        done, self._in_flight = self._in_flight, None
+        outputs = [] if done is None else self._collect(*done)
+        drafts = speculation.propose(self.control, lengths)
+        if drafts:
+            self.control.draft(drafts)
+        return outputs + self._step() if self.has_work else outputs
+
     def _collect(self, plan: StepPlan, pending: Pending) -> list[Output]:
         """Record a step that was handed over; the one behind it falls with it."""
         try:
@@ -129,6 +147,9 @@ class Engine:
     def _record(self, plan: StepPlan, result: StepResult) -> list[Output]:
         now = self.clock()
         progress = self.control.apply(plan, result, now)
+        if self.speculation is not None and plan.spans:
+            self.speculation.observe(plan, result, now - self._recorded)
+        self._recorded = now
         if not plan.spans and not self._in_flight:
             progress += self._unstick(now)
         outputs = [self._output(p, now) for p in progress]
@@ -178,34 +199,36 @@ class Engine:
         """Tokens to text, stop strings, logprobs, timings."""
         seq, finish = progress.seq, progress.finish
         stop: int | str | None = progress.stop
-        text, tap = "", self._taps.get(seq.id)
+        text, tap, tokens = "", self._taps.get(seq.id), progress.tokens
         if tap is not None:
-            shown = progress.tokens
+            shown = tokens
             if finish == "stop" and not seq.request.sampling.include_stop:
                 shown = shown[:-1]  # the stop token itself is no text
             text = tap.push(shown)
             if finish is not None:
                 text += tap.finish()
-            if tap.matched is not None and finish in (None, "length"):
+            early = tap.taken < len(shown)  # before what else was accepted with it
+            if tap.matched is not None and (early or finish in (None, "length")):
                 if finish is None:
                     self.control.finish(seq, "stop", now)
                 finish, stop = "stop", tap.matched
+                tokens = tokens[: tap.taken]
         extra = progress.extra
         request = seq.request
         output = Output(
             request_id=request.id,
             index=seq.index,
-            tokens=progress.tokens,
+            tokens=tokens,
             text=text,
             finish=finish,
             stop=stop,
             n_prompt=seq.prompt_len,
-            n_output=seq.n_output,
+            n_output=seq.n_output - len(progress.tokens) + len(tokens),
             n_cached=seq.cached,
             timings=_timings(seq, now),
         )
         if extra is not None:
-            output.logprobs = extra.logprobs
+            output.logprobs = extra.logprobs and extra.logprobs[: len(tokens)]
             output.embedding = extra.embedding
             output.error = extra.error
             self._score(seq, extra)
@@ -224,6 +247,8 @@ class Engine:
     def _forget(self, seq: Seq) -> None:
         self._taps.pop(seq.id, None)
         self._scores.pop(seq.id, None)
+        if self.speculation is not None:
+            self.speculation.forget(seq)
 
     def _check_books(self) -> None:
         """Idle: no page may be held. A difference is logged and repaired, never fatal."""

@@ -24,6 +24,7 @@ class TextTap:
     stops: tuple[str, ...] = ()
     include_stop: bool = False
     minimum: int = 0  #: no stop string before this many tokens
+    taken: int = 0  #: tokens of the last push that were looked at: up to the stop string
     _count: int = 0
     _held: str = ""  #: text not handed out yet
     matched: str | None = None  #: the stop string that was met
@@ -34,11 +35,13 @@ class TextTap:
 
     def push(self, tokens: list[int]) -> str:
         """Text that may be shown after `tokens`; sets `matched` when a stop string is complete."""
+        self.taken = len(tokens)
         if not self.stops:
             return "".join([self.stream.step(token) for token in tokens])
         shown = ""
-        for token in tokens:
+        for i, token in enumerate(tokens):
             if self.matched is not None:
+                self.taken = i
                 break
             self._count += 1
             self._held += self.stream.step(token)

@@ -1,12 +1,13 @@
 """From spans to arrays: the rows of a step, flattened, and their page lists by group."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvarn.core.model import GroupSpec, ModelSpec
-from kvarn.core.plan import Span
+from kvarn.core.plan import Draft, SeqId, Span
 from kvarn.kernels.attention import PagedRows
 from kvarn.runner.image import Image
 from kvarn.runner.shared import neighbours, runs
@@ -30,11 +31,17 @@ class Batch:
     groups: list[PagedRows]
     logits_at: Ints  #: flattened rows whose logits choose a token, in the order of the spans
     logits_spans: Ints  #: the spans they belong to, as indices of `rows`
+    drafts: list[Draft | None]  #: [S] what the last rows of each span propose; []: nothing at all
 
     @property
     def decodes(self) -> bool:
         """Whether every span is one row that chooses a token."""
-        return len(self.logits_at) == len(self.tokens)
+        return len(self.logits_at) == len(self.tokens) == len(self.rows)
+
+    @property
+    def lengths(self) -> Ints:
+        """Tokens before each one that the logits choose [tokens]."""
+        return self.positions[self.logits_at] + 1
 
 
 def build(
@@ -43,6 +50,7 @@ def build(
     spec: ModelSpec,
     groups: list[GroupSpec],
     state: DeviceState | None = None,
+    drafts: Mapping[SeqId, Draft] | None = None,
 ) -> Batch:
     """Lay out a step. A handful of numpy calls, whatever the number of spans.
 
@@ -68,7 +76,8 @@ def build(
     tokens = image.tokens[row_of, positions].astype(np.int64)
     tokens[positions >= image.filled[row_of]] = ON_DEVICE
     layout = _Layout(image, spec, rows, start, ends, indptr, row_of, positions, state, single)
-    logits_spans = np.flatnonzero(wants)
+    judged = np.array([span.drafts for span in spans], np.int64)[order] + 1
+    logits_at, logits_spans = _judged(indptr, np.where(wants, judged, 0))
     return Batch(
         spans=order,
         rows=rows,
@@ -78,9 +87,17 @@ def build(
         tokens=tokens,
         positions=positions,
         groups=[layout.group(index, group) for index, group in enumerate(groups)],
-        logits_at=indptr[1:][logits_spans] - 1,
+        logits_at=logits_at,
         logits_spans=logits_spans,
+        drafts=[drafts.get(spans[i].seq) for i in order.tolist()] if drafts else [],
     )
+
+
+def _judged(indptr: Ints, count: Ints) -> tuple[Ints, Ints]:
+    """The last `count` flattened rows of each span, and the spans they belong to."""
+    spans = np.repeat(np.arange(len(count)), count)
+    within = np.arange(len(spans)) - np.repeat(_indptr(count)[:-1], count)
+    return (indptr[1:] - count)[spans] + within, spans
 
 
 @dataclass(slots=True)

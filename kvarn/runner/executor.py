@@ -116,7 +116,7 @@ class Runner:
             rows = self.image.rows([span.seq for span in plan.spans])
             if before is not None and self.sampler.ruled(rows):
                 before.result()  # rules look at the tokens so far
-            batch = build(plan.spans, self.image, self.spec, self.groups, self.state)
+            batch = build(plan.spans, self.image, self.spec, self.groups, self.state, plan.drafts)
             step.expect(batch)
             self._compute(batch, step)
         elif self.state is not None:
@@ -134,6 +134,8 @@ class Runner:
             self._start(start)
         for edit in plan.edits:
             self.image.edit(edit)
+        for seq, draft in plan.drafts.items():
+            self.image.draft(seq, draft.tokens)
         if plan.copies:
             self.pool.copy(plan.copies)
         if self.state is None:
@@ -196,19 +198,19 @@ class Runner:
 
     def _choose(self, batch: Batch, logits: Tensor, step: InFlight) -> None:
         """The next token of every row of the logits [R, V], on the device if nobody has to see."""
-        rows = batch.rows[batch.logits_spans]
-        lengths = batch.ends[batch.logits_spans]
+        rows, lengths = batch.rows[batch.logits_spans], batch.lengths
         if self.state is not None and self.sampler.plain(rows):
             arrays = self.sampler.parameters(rows, lengths)
             names = [*arrays, "row"]
             uploaded = upload([*arrays.values(), rows], torch.int32, logits.device)
             parameters = dict(zip(names, uploaded))
             tokens = sample_on_gpu(logits, parameters, self.sampler.filtered(rows))
-            self.state.set_last(parameters["row"], tokens)
+            if not batch.drafts:
+                self.state.set_last(parameters["row"], tokens)
             step.fetch(tokens)
             return
         sampled = self.sampler.sample(logits, rows, lengths, self.image.tokens)
         step.settle(sampled)
-        if self.state is not None:
+        if self.state is not None and not batch.drafts:
             chosen = np.array(sampled.tokens, np.int64)
             self.state.set_last(*upload([rows, chosen], torch.int32, logits.device))

@@ -70,6 +70,21 @@ class Image:
         """Extend a page table."""
         self._write(edit.group, self._row[edit.seq], edit.at, edit.pages)
 
+    def draft(self, seq: SeqId, tokens: list[int]) -> None:
+        """Put proposed tokens behind the known ones, for one step; `commit` says what stays."""
+        row = self._row[seq]
+        at = int(self.known[row])
+        self._widen_tokens(at + len(tokens) + 1)
+        self.tokens[row, at : at + len(tokens)] = tokens
+        self.filled[row] = at + len(tokens)
+
+    def commit(self, row: int, at: int, tokens: list[int]) -> None:
+        """Known tokens of `row` from position `at` on, in place of whatever was proposed there."""
+        end = at + len(tokens)
+        self._widen_tokens(end + 1)
+        self.tokens[row, at:end] = tokens
+        self.known[row] = self.filled[row] = end
+
     def reserve(self, rows: Ints) -> Ints:
         """One more token for each of `rows` (distinct), its value to come: where it will be."""
         at = self.known[rows]

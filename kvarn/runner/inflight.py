@@ -2,15 +2,17 @@
 
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvarn.core.plan import SpanResult, StepResult
+from kvarn.core.plan import Draft, SpanResult, StepResult
 from kvarn.runner.batch import Batch
 from kvarn.runner.image import Image, Ints
 from kvarn.runner.sampler import Sampled
+from kvarn.runner.verify import walk
 
 
 @dataclass(slots=True)
@@ -30,6 +32,8 @@ class InFlight:
     def expect(self, batch: Batch) -> None:
         """Make room for the tokens of every span that has caught up with what is known."""
         self.batch = batch
+        if batch.drafts:
+            return  # its tokens are looked at before anything else is planned
         rows = batch.rows[batch.logits_spans]
         self.owners = self.image.owner[rows]
         self.at = self.image.reserve(rows)
@@ -59,6 +63,9 @@ class InFlight:
         """Record what was sampled; a negative token is a fault of the model's logits."""
         batch, result = self.batch, self.outcome
         assert batch is not None
+        if batch.drafts:
+            self._judge(batch, sampled)
+            return
         tokens = np.array(sampled.tokens, np.int32)
         where = batch.logits_spans
         self.image.fill(batch.rows[where], self.owners, self.at, np.maximum(tokens, 0))
@@ -74,3 +81,29 @@ class InFlight:
             length = int(batch.ends[where[at]])
             extra = result.extras.setdefault(spans[at], SpanResult())
             extra.error = extra.error or f"the model's logits at position {length} are not finite"
+
+    def _judge(self, batch: Batch, sampled: Sampled) -> None:
+        """Commit what verification leaves of each span.
+
+        A position that could not be sampled ends its run: the next step meets the fault as the
+        first position of its span, which is the sequence's error.
+        """
+        faults = {at for at, token in enumerate(sampled.tokens) if token < 0} | set(sampled.errors)
+        indptr = np.searchsorted(batch.logits_spans, np.arange(len(batch.rows) + 1)).tolist()
+        for at, (first, end) in enumerate(pairwise(indptr)):
+            if first == end:
+                continue
+            span = int(batch.spans[at])
+            fault = next((i for i in range(end - first) if first + i in faults), end - first)
+            length = int(batch.lengths[first])
+            if fault == 0:
+                error = sampled.errors.get(first)
+                error = error or f"the model's logits at position {length} are not finite"
+                self.outcome.extras.setdefault(span, SpanResult()).error = error
+                continue
+            run = walk(sampled.tokens[first:end], batch.drafts[at] or Draft(), fault)
+            self.image.commit(int(batch.rows[at]), length, run.tokens)
+            self.outcome.tokens[span] = run.tokens
+            if first in sampled.logprobs:
+                extra = self.outcome.extras.setdefault(span, SpanResult())
+                extra.logprobs = [sampled.logprobs[first + row] for row in run.rows]

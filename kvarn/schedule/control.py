@@ -7,12 +7,12 @@ The real engine and the simulator drive the same object; only the executor and t
     progress = control.apply(plan, result, now)
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from kvarn.core.errors import QueueFull
 from kvarn.core.output import EngineStats, FinishReason
-from kvarn.core.plan import SeqId, SpanResult, StepPlan, StepResult
+from kvarn.core.plan import Draft, SeqId, SpanResult, StepPlan, StepResult
 from kvarn.core.request import Request
 from kvarn.core.seq import Seq, Status
 from kvarn.kv.manager import KVManager
@@ -47,6 +47,8 @@ class _Counters:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     finished: dict[str, int] = field(default_factory=dict)
     queue_time: float = 1.0  #: moving average of the time to admission [s]
 
@@ -64,6 +66,7 @@ class ControlPlane:
         self.seqs: dict[SeqId, Seq] = {}
         self._by_request: dict[str, list[Seq]] = {}
         self._gone: list[SeqId] = []  # left since the last plan: the executor must forget them
+        self._drafted: list[SeqId] = []  # since the last plan
         self._next_seq = 0
         self._step = 0
         self._count = _Counters()
@@ -152,6 +155,12 @@ class ControlPlane:
 
     # the step
 
+    def draft(self, drafts: Mapping[SeqId, Draft]) -> None:
+        """Have the next plan verify these continuations of running sequences, and no later one."""
+        for seq, draft in drafts.items():
+            self.seqs[seq].draft = draft
+        self._drafted = list(drafts)
+
     def plan(self, now: float) -> StepPlan:
         """Decide the next step."""
         plan = StepPlan(self._step, stops=self._gone)
@@ -159,6 +168,9 @@ class ControlPlane:
         self._step += 1
         step = Planner(plan, self.queues, self.kv, self.budget, self.max_seqs, now)
         self.scheduler.plan(step, now)
+        for seq_id in self._drafted:
+            self.seqs[seq_id].draft = None
+        self._drafted = []
         count = self._count
         count.preemptions += len(step.preempted)
         for seq in step.admitted:
@@ -182,6 +194,8 @@ class ControlPlane:
                 progress.append(Progress(seq, [], "error", None, extra))
             elif span.wants_logits:
                 seq.pending -= 1
+                if span.drafts:
+                    self._settle(seq, span.drafts, len(result.tokens[i]) - 1)
                 progress.append(self._commit(seq, result.tokens[i], extra, now))
             elif not seq.generates and span.start + span.length >= seq.goal:
                 reason: FinishReason = "length" if seq.request.pooling is None else "stop"
@@ -190,6 +204,12 @@ class ControlPlane:
             elif extra is not None:
                 progress.append(Progress(seq, [], None, None, extra))
         return progress
+
+    def _settle(self, seq: Seq, drafts: int, accepted: int) -> None:
+        """Of `drafts` positions computed at the end of `seq`, only the `accepted` first count."""
+        seq.computed -= drafts - accepted
+        self._count.drafted_tokens += drafts
+        self._count.accepted_tokens += accepted
 
     def skip(self, steps: int) -> None:
         """Count decode steps of every running sequence that were taken at once (`coast`)."""
@@ -294,6 +314,8 @@ class ControlPlane:
             prompt_tokens=count.prompt_tokens,
             cached_tokens=count.cached_tokens,
             output_tokens=count.output_tokens,
+            drafted_tokens=count.drafted_tokens,
+            accepted_tokens=count.accepted_tokens,
             steps=self._step,
             finished=dict(count.finished),
         )

@@ -5,11 +5,11 @@ for plans what was decided. Decisions follow from these calls alone, so whoever 
 equal control plane must see equal plans (`kvarn replay`).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from kvarn.core.output import FinishReason
-from kvarn.core.plan import StepPlan, StepResult
+from kvarn.core.plan import Draft, SeqId, StepPlan, StepResult
 from kvarn.core.request import Request
 from kvarn.core.seq import Seq
 from kvarn.kv.manager import KVManager
@@ -48,6 +48,12 @@ class LoggedControl(ControlPlane):
         """Record and end a sequence."""
         self._record("finish", seq=seq.id, reason=reason, now=now, keep=keep)
         super().finish(seq, reason, now, keep)
+
+    def draft(self, drafts: Mapping[SeqId, Draft]) -> None:
+        """Record and take in drafts."""
+        said = {seq: [draft.tokens, draft.parents] for seq, draft in drafts.items()}
+        self._record("draft", drafts=said)
+        super().draft(drafts)
 
     def plan(self, now: float) -> StepPlan:
         """Decide the next step, and record it whole."""

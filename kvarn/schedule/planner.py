@@ -79,7 +79,8 @@ class Planner:
         """Compute the next `count` positions of a running `seq` in this step.
 
         False when there was no room: later sequences are preempted for it, but never earlier ones;
-        with nobody left to preempt, `seq` itself goes back to the queue.
+        with nobody left to preempt, `seq` itself goes back to the queue. A draft is verified with
+        the last of its known tokens, as far as budget and free pages go: nobody makes way for it.
         """
         start = seq.computed
         end = start + count
@@ -89,16 +90,35 @@ class Planner:
             return False
         known = len(seq.tokens) + seq.pending
         wants_logits = end == known and seq.generates
-        self.plan.spans.append(Span(seq.id, start, count, 0, wants_logits))
-        seq.computed = end
+        drafts = self._add_draft(seq, count) if seq.draft is not None and wants_logits else 0
+        self.plan.spans.append(Span(seq.id, start, count + drafts, drafts, wants_logits))
+        seq.computed = end + drafts
         if wants_logits:
             seq.pending += 1
         seq.planned_step = self.plan.step
         seq.planned_from = start
-        self.budget -= count
+        self.budget -= count + drafts
         if end // self.kv.page_size > seq.published:
             self.kv.publish(seq, self.now)
         return True
+
+    def _add_draft(self, seq: Seq, count: int) -> int:
+        """Put as much of the draft of `seq` into the plan as there is room for; its length."""
+        draft, seq.draft = seq.draft, None
+        assert draft is not None
+        # positions after the last one that a sequence can need have no place in its tables
+        room = min(self.budget - count, seq.goal - len(seq.tokens))
+        drafts = min(len(draft.tokens), room) if seq.pending == 0 else 0
+        end = seq.computed + count + drafts
+        if drafts > 0 and end > seq.capacity:
+            edits = self.kv.reserve(seq, end, self.now)
+            if edits is None:
+                return 0
+            self.plan.edits += edits
+        if drafts < 1:
+            return 0
+        self.plan.drafts[seq.id] = draft.first(drafts)
+        return drafts
 
     def admit(self, seq: Seq, count: int | None = None) -> bool:
         """Let a waiting `seq` in, with up to `count` positions in this step; False if no room.
@@ -146,6 +166,7 @@ class Planner:
         self._queues.remove(seq)
         self.kv.release(seq, self.now)
         seq.preemptions += 1
+        seq.draft = None
         self.plan.stops.append(seq.id)
         self.preempted.append(seq)
         self._queues.enqueue(seq)

@@ -19,7 +19,7 @@ import msgspec
 from kvarn.core.errors import ConfigError, QueueFull
 from kvarn.core.model import GroupSpec, ModelSpec
 from kvarn.core.output import EngineStats
-from kvarn.core.plan import SpanResult, StepPlan, StepResult
+from kvarn.core.plan import Draft, SpanResult, StepPlan, StepResult
 from kvarn.core.request import Request
 from kvarn.cost.fitted import regime
 from kvarn.cost.shape import StepShape, shape_of
@@ -146,6 +146,8 @@ def _repeat(
             control.abort(record["id"], now)
         case "finish":
             control.finish(control.seqs[record["seq"]], record["reason"], now, record["keep"])
+        case "draft":
+            control.draft({int(i): Draft(*said) for i, said in record["drafts"].items()})
         case "plan":
             plan = control.plan(now)
             plans[plan.step] = plan

@@ -8,34 +8,12 @@ is generated: drafts are checked against the target model, so they cost time and
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
-from kvarn.core.plan import SeqId
+from kvarn.core.plan import Draft, SeqId
 from kvarn.core.seq import Seq
 
-
-@dataclass(slots=True)
-class Draft:
-    """Proposed continuations of one sequence: a chain, or a tree in topological order."""
-
-    tokens: list[int] = field(default_factory=list)
-    #: index of each token's parent, -1: the last committed token; None: a chain
-    parents: list[int] | None = None
-    #: how sure the proposer is that each is accepted, given that its parent is; in (0, 1]
-    confidence: list[float] = field(default_factory=list)
-    #: distributions [tokens, vocab] that a chain's tokens were drawn from; None: DELTA, the tokens
-    #: are what they are and could have been no others (greedy, n-gram, suffix tree)
-    q: Any = None
-
-    @property
-    def score(self) -> float:
-        """Tokens expected to be accepted, as the proposer sees it."""
-        reach, total = list[float](), 0.0
-        for i, sure in enumerate(self.confidence):
-            parent = i - 1 if self.parents is None else self.parents[i]
-            reach.append(sure * (reach[parent] if parent >= 0 else 1.0))
-            total += reach[-1]
-        return total
+__all__ = ["Ask", "Costs", "Draft", "LengthControl", "Proposer", "Round", "Verified"]
 
 
 @dataclass(slots=True)

@@ -1,0 +1,64 @@
+"""`Measured`: what steps and drafts cost here and now, learnt from the steps themselves.
+
+Times are wall times: whatever the host adds to a step counts. Where a size has not been seen, its
+time lies between those of its neighbours; beyond them it follows the nearest line, and never falls.
+"""
+
+from bisect import bisect_left, insort
+
+KEEP = 0.8  #: weight of the past when a size is seen again
+OUTLIER = 3.0  #: a time so many times longer than before counts as so many times longer, no more
+
+
+class Measured:
+    """Seconds by size, moving averages; a step's size is its rows, a draft's its tokens."""
+
+    def __init__(self) -> None:
+        self._steps = _Curve()
+        self._drafts = _Curve()
+
+    def saw_step(self, rows: int, seconds: float) -> None:
+        """A step of `rows` positions took so long."""
+        self._steps.add(rows, seconds)
+
+    def saw_draft(self, tokens: int, seconds: float) -> None:
+        """Drafting `tokens` in all took so long."""
+        self._drafts.add(tokens, seconds)
+
+    def step(self, rows: int) -> float:
+        """A step that computes `rows` positions [s]; 0 while nothing is known."""
+        return self._steps.at(rows)
+
+    def draft(self, seqs: int, most: int) -> float:
+        """Drafting up to `most` tokens for each of `seqs` sequences [s]; 0: nothing is known."""
+        return self._drafts.at(seqs * most)
+
+
+class _Curve:
+    """Piecewise linear through what was seen."""
+
+    def __init__(self) -> None:
+        self._sizes: list[int] = []
+        self._seconds: dict[int, float] = {}
+
+    def add(self, size: int, seconds: float) -> None:
+        known = self._seconds.get(size)
+        if known is None:
+            insort(self._sizes, size)
+            self._seconds[size] = seconds
+        else:
+            seconds = min(seconds, OUTLIER * known)  # a kernel was compiled, a disk was busy
+            self._seconds[size] = KEEP * known + (1 - KEEP) * seconds
+
+    def at(self, size: int) -> float:
+        sizes, seconds = self._sizes, self._seconds
+        if size in seconds:
+            return seconds[size]
+        if not sizes:
+            return 0.0
+        after = bisect_left(sizes, size)
+        if len(sizes) == 1 or after == 0:
+            return seconds[sizes[min(after, len(sizes) - 1)]]
+        left, right = sizes[min(after, len(sizes) - 1) - 1], sizes[min(after, len(sizes) - 1)]
+        slope = max(0.0, (seconds[right] - seconds[left]) / (right - left))
+        return seconds[left] + slope * (size - left)

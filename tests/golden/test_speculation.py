@@ -1,0 +1,101 @@
+"""Speculation changes nothing but the time: the same tokens, whatever is drafted for whom."""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from golden.test_engine import expected, make_engine, make_requests, run
+
+from kvarn.core.plan import Draft
+from kvarn.core.seq import Seq
+from kvarn.engine.engine import Engine
+from kvarn.speculate.part import Ask, LengthControl, Round, Verified
+from kvarn.speculate.speculation import Speculation
+
+
+class AnyLength:
+    """Drafts as much as there is room for, now and then less, or nothing."""
+
+    def __init__(self, most: int) -> None:
+        self.chance, self.most = random.Random(most), most
+
+    def plan(self, round_: Round) -> list[int]:
+        return [self.chance.randint(0, self.most) for _ in round_.seqs]
+
+    def goes_on(self, confidence: Sequence[float]) -> bool:
+        return True
+
+    def observe(self, records: Sequence[Verified], step: float, draft: float) -> None:
+        assert all(0 <= one.accepted <= one.drafted == len(one.confidence) for one in records)
+
+    def forget(self, seq: int) -> None:
+        pass
+
+
+class Foresight:
+    """Knows the answers, and errs with some probability a token."""
+
+    def __init__(self, answers: dict[tuple[str, int], list[int]], errs: float) -> None:
+        self.answers, self.errs, self.chance = answers, errs, random.Random(0)
+
+    def propose(self, asks: Sequence[Ask], control: LengthControl) -> list[Draft]:
+        return [self._draft(ask.seq, ask.most) for ask in asks]
+
+    def _draft(self, seq: Seq, most: int) -> Draft:
+        coming = self.answers[seq.request.id, seq.index][seq.n_output :][:most]
+        wrong = [t if self.chance.random() > self.errs else (t + 1) % 97 for t in coming]
+        return Draft(wrong, None, [0.5] * len(wrong))
+
+    def observe(self, records: Sequence[Verified]) -> None:
+        pass
+
+    def forget(self, seq: Seq) -> None:
+        pass
+
+
+def speculating(engine: Engine, answers: Any, errs: float, most: int) -> Engine:
+    engine.speculation = Speculation(Foresight(answers, errs), AnyLength(most), most, engine.clock)
+    return engine
+
+
+@pytest.fixture(scope="module")
+def wanted(tiny_folder: Any) -> Any:
+    """Requests and the naive decoder's answers, by family."""
+    found = {}
+    for family in ("llama", "gemma2"):
+        requests = make_requests(12)
+        found[family] = requests, expected(make_engine(tiny_folder(family)), requests)
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("overlap", ["off", "on"])
+@pytest.mark.parametrize("most", [1, 3, 8])
+def test_tokens_equal_naive(
+    tiny_folder: Any, wanted: Any, family: str, overlap: str, most: int
+) -> None:
+    requests, answers = wanted[family]
+    for errs in (0.0, 0.4, 1.0):
+        for options in ({}, {"budget": 7}, {"pages": 36}):
+            engine = make_engine(tiny_folder(family), overlap=overlap, **options)
+            speculating(engine, answers, errs, most)
+            assert run(engine, requests, seed=most) == answers
+            assert engine.control.check_integrity() == []
+            stats = engine.stats()
+            assert stats.kv_pages_used == 0
+            assert stats.drafted_tokens > 0
+            assert (stats.accepted_tokens > 0) == (errs < 1.0)
+            if errs == 0.0:
+                assert stats.accepted_tokens == stats.drafted_tokens
+            engine.close()
+
+
+@pytest.mark.parametrize("scheduler", ["continuous", "prefill-first", "orca", "static"])
+@pytest.mark.parametrize("prefix", ["hash", "radix", "none"])
+def test_schedulers_and_indexes(tiny_folder: Any, wanted: Any, scheduler: str, prefix: str) -> None:
+    requests, answers = wanted["llama"]
+    engine = make_engine(tiny_folder("llama"), scheduler=scheduler, prefix=prefix, pages=40)
+    speculating(engine, answers, 0.3, 5)
+    assert run(engine, requests, seed=2) == answers
+    assert engine.control.check_integrity() == []
