@@ -49,7 +49,10 @@ def routed(path: Path, router: str, speed: float) -> dict[str, Any]:
 def bars(path: Path) -> dict[str, Any]:
     """What is left of the routers' ratios when times are wrong."""
     traffic = Traffic(trace=str(path), limit=FIRST)
-    found = error_bars.run(FEW, Workload(), traffic, f"router={','.join(ROUTERS)}", DRAWS)
+    found = error_bars.run(
+        FEW, Workload(), traffic, f"router={','.join(ROUTERS)}", DRAWS,
+        lambda done, total: print(f"{done} of {total}", flush=True),
+    )  # fmt: skip
     for row in error_bars.rows(found):
         print(row)
     return found

@@ -273,8 +273,8 @@ def sim_routers(result: dict[str, Any]) -> Lines:
     }  # fmt: skip
     return [
         f"{said['instances']} instances of {said['model']} on {said['device']}, priced by the "
-        f"{said['cost']} (nothing measured: read the differences, not the times; which of them last "
-        f"is told below, where they have error bars), "
+        f"{said['cost']} (nothing measured: read the differences, not the times; error "
+        f"bars below say which of them last), "
         f"{result['workload']['trace']}.",
         "",
         *columns(result, picked),

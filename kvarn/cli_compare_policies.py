@@ -37,10 +37,19 @@ def policies(
     json: ToFile = None,
 ) -> int:
     """Does A beat B? Simulated policies, and what is left of their ratios if times are wrong."""
+    from rich.console import Console
+    from rich.progress import Progress
+
     from kvarn.bench import error_bars, record
 
     how = error_bars.Draws(draws, draw_seed, residuals)
-    result = error_bars.run(Fleet(**fleet), Workload(**work), Traffic(**traffic), vary, how)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("simulations", total=None)
+        result = error_bars.run(
+            Fleet(**fleet), Workload(**work), Traffic(**traffic), vary, how,
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )  # fmt: skip
     record.write(result, json)
     rows = list(error_bars.rows(result))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -15,7 +15,6 @@ from kvarn.bench.options import Fleet, Traffic, Workload
 from kvarn.bench.sim_load import find_trace
 from kvarn.bench.stats import percentile
 from kvarn.core.errors import ConfigError, nearest
-from kvarn.core.model import ModelSpec
 from kvarn.cost.perturb import Perturbed, draws
 from kvarn.cost.shape import CostModel
 from kvarn.sim.heap import NS
@@ -32,6 +31,7 @@ Verdict = Literal["better", "worse", "not decided", "no ratio"]
 Measures = dict[str, float]
 #: simulates a fleet priced by a cost model
 Simulate = Callable[[Fleet, CostModel], Measures]
+Watch = Callable[[int, int], None]
 
 
 @dataclass(slots=True)
@@ -92,24 +92,24 @@ def compare(
     price: Callable[[Fleet], CostModel],
     factors: Sequence[Mapping[str, float]],
     simulate: Simulate,
-    watch: Callable[[], None] = lambda: None,
+    watch: Watch = lambda done, total: None,
 ) -> Compared:
     """Simulate every fleet as it is priced and under every set of factors; the first is the base.
 
-    `watch` is called after each simulation.
+    `watch` is told after each simulation how many of how many are done.
     """
     names = list(fleets)
     if len(names) < 2:
         raise ConfigError("a comparison needs at least two policies")
     nominal, drawn = list[Measures](), list[list[Measures]]()
-    for fleet in fleets.values():
-        cost = price(fleet)
-        nominal.append(simulate(fleet, cost))
-        watch()
-        drawn.append([])
-        for one in factors:
-            drawn[-1].append(simulate(fleet, Perturbed(cost, one)))
-            watch()
+    each = 1 + len(factors)
+    for i, fleet in enumerate(fleets.values()):
+        cost, found = price(fleet), list[Measures]()
+        for one in (cost, *(Perturbed(cost, wrong) for wrong in factors)):
+            found.append(simulate(fleet, one))
+            watch(i * each + len(found), len(fleets) * each)
+        nominal.append(found[0])
+        drawn.append(found[1:])
     claims = [
         _claim(measure, names[i], names[0], (nominal[i], nominal[0]), (drawn[i], drawn[0]))
         for i in range(1, len(names))
@@ -118,15 +118,19 @@ def compare(
     return Compared(names, nominal, drawn, claims)
 
 
-def run(fleet: Fleet, work: Workload, traffic: Traffic, vary: str, how: Draws) -> dict[str, Any]:
+def run(
+    fleet: Fleet, work: Workload, traffic: Traffic, vary: str, how: Draws,
+    watch: Watch = lambda done, total: None,
+) -> dict[str, Any]:  # fmt: skip
     """Compare a fleet with itself under other values of one option (`varied`); the result."""
     fleets, width = varied(fleet, vary), residuals.read(how.residuals)
-    spec, trace = sim.find_spec(fleet.model), find_trace(work, traffic)
+    trace = find_trace(work, traffic)
     found = compare(
         fleets,
-        lambda one: sim.price_list(one, spec),
+        lambda one: sim.price_list(one, sim.find_spec(one.model)),
         draws(width.sigma, how.n, how.seed),
-        simulator(spec, trace, traffic.closed_loop),
+        simulator(trace, traffic.closed_loop),
+        watch,
     )
     about = {"vary": vary, "draws": how.n, "draw_seed": how.seed}
     head = record.header("policies", sim.workload_of(work, traffic, trace), asdict(fleet))
@@ -145,10 +149,11 @@ def _claim(
     return Claim(measure, policy, baseline, at, low, high, verdict, ratios)
 
 
-def simulator(spec: ModelSpec, trace: Trace, closed_loop: bool = False) -> Simulate:
+def simulator(trace: Trace, closed_loop: bool = False) -> Simulate:
     """Simulations of one trace."""
 
     def run(fleet: Fleet, cost: CostModel) -> Measures:
+        spec = sim.find_spec(fleet.model)
         return measures(sim.simulate(fleet, spec, trace, cost=cost, closed_loop=closed_loop))
 
     return run

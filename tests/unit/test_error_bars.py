@@ -11,6 +11,7 @@ import pytest
 from kvarn.bench import error_bars, residuals, sim
 from kvarn.bench.error_bars import Draws, gain, judge, varied
 from kvarn.bench.options import Fleet, Traffic, Workload
+from kvarn.bench.sim_load import find_trace
 from kvarn.cli import main
 from kvarn.core.errors import ConfigError
 from kvarn.cost.perturb import TERMS, draws
@@ -50,12 +51,12 @@ def test_only_a_fifth_percentile_above_one_decides():
 def test_equal_policies_have_ratio_one_in_every_draw(validation):
     how = Draws(n=4, seed=1, residuals=validation)
     fleet = Fleet(instances=2)
-    spec, trace = sim.find_spec(fleet.model), sim.find_trace(WORK, TRAFFIC)
+    spec, trace = sim.find_spec(fleet.model), find_trace(WORK, TRAFFIC)
     found = error_bars.compare(
         {"one": fleet, "again": replace(fleet)},
         lambda one: sim.price_list(one, spec),
         draws(residuals.read(validation).sigma, how.n, how.seed),
-        error_bars.simulator(spec, trace),
+        error_bars.simulator(trace),
     )
     assert len(found.claims) == len(error_bars.MEASURES)
     for claim in found.claims:
@@ -77,6 +78,12 @@ def test_twice_the_instances_are_decided_and_the_seed_decides_the_draws(validati
     swapped = error_bars.run(Fleet(), WORK, TRAFFIC, "instances=2,1", how)
     assert swapped["drawn"] == one["drawn"][::-1]
     assert swapped["claims"][0]["verdict"] == "worse"
+
+
+def test_policies_may_differ_in_their_model(validation):
+    how = Draws(n=2, residuals=validation)
+    found = error_bars.run(Fleet(tp=4), WORK, TRAFFIC, "model=llama-3.1-8b,llama-3.1-70b", how)
+    assert found["claims"][0]["verdict"] == "worse"
 
 
 def test_every_policy_meets_the_same_factors():
