@@ -43,6 +43,13 @@ class EngineConfig:
     prefix: str = option("hash", "prefix index: hash, radix, none")
     evict: str = option("lru", "which cached prefix goes first: lru, lfu")
     attention: str = option("auto", "attention backend: auto, or a name from `kvarn parts`")
+    speculate: str = option("none", "who drafts tokens ahead: none, or a proposer of `kvarn parts`")
+    draft_length: str = option("survival", "how many are drafted for whom: a part of `kvarn parts`")
+    draft_tokens: int = option(8, "longest draft", "tokens")
+    draft_model: str = option("", "speculate=draft: name or folder of the drafting model")
+    synthetic_acceptance: float = option(
+        0.0, "accept drafts with this probability instead of judging them: speed only, never output"
+    )
     overlap: str = option("auto", "plan the next step while one runs: auto, on, off")
     graphs: str = option("auto", "replay captured decode steps on a GPU: auto, on, off")
     step_log: str = option(
@@ -142,7 +149,13 @@ def _check(config: EngineConfig) -> None:
     for name in ("max_len", "budget", "max_queue", "kv_memory", "pages", "threads"):
         if getattr(config, name) < 0:
             raise ConfigError(f"option {name!r} must not be negative, got {getattr(config, name)}")
-    for name in ("page_size", "max_seqs", "tp"):
+    if not 0.0 <= config.synthetic_acceptance <= 1.0:
+        raise ConfigError(
+            f"synthetic_acceptance is a probability, got {config.synthetic_acceptance}"
+        )
+    if config.synthetic_acceptance and config.load != "random":
+        raise ConfigError("synthetic_acceptance gives nonsense for text: it needs load=random")
+    for name in ("page_size", "max_seqs", "tp", "draft_tokens"):
         if getattr(config, name) < 1:
             raise ConfigError(f"option {name!r} must be at least 1, got {getattr(config, name)}")
     if config.budget and config.budget < config.max_seqs:

@@ -27,6 +27,7 @@ from kvarn.runner.sampler import Sampler
 from kvarn.runner.warm import decode_step
 from kvarn.schedule.build import build_control
 from kvarn.schedule.control import Capacity, ControlPlane
+from kvarn.speculate.build import build_speculation
 from kvarn.speculate.speculation import Speculation
 
 if TYPE_CHECKING:
@@ -163,14 +164,9 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
         parts,
         capabilities,
         step_log,
-        _speculation(config, group),
+        build_speculation(config) if config.speculate != "none" and group.rank == 0 else None,
         seconds,
     )
-
-
-def _speculation(config: EngineConfig, group: Collective) -> Speculation | None:
-    """Who drafts, if anybody."""
-    return None
 
 
 def _choose_parts(resolved: Resolved, here: Cap) -> dict[str, Any]:
@@ -185,6 +181,9 @@ def _choose_parts(resolved: Resolved, here: Cap) -> dict[str, Any]:
     if config.prefix != "none":
         parts["prefix"] = find("prefix", config.prefix)
         parts["evict"] = find("evict", config.evict)
+    if config.speculate != "none":
+        parts["proposer"] = find("proposer", config.speculate)
+        parts["draft-length"] = find("draft-length", config.draft_length)
     elsewhere = parts["attention"].needs & (set(DEVICE_CAPS.values()) - {here})
     if elsewhere:
         wanted = next(iter(elsewhere))

@@ -70,6 +70,7 @@ class Runner:
         state: DeviceState | None = None,
         graphs: Graphs | None = None,
         pieces: Pieces | None = None,
+        acceptance: float = 0.0,
     ) -> None:
         self.decoder = decoder
         self.spec: ModelSpec = decoder.spec
@@ -82,6 +83,7 @@ class Runner:
         self.state = state
         self.graphs = graphs
         self.pieces = pieces
+        self.acceptance = acceptance  #: synthetic, for measurements; 0: drafts are judged
         self.tap: Tap | None = None  #: sees every named point when set (eager research use)
         self._group_of = {layer: g for g, group in enumerate(groups) for layer in group.layers}
         self._flying: InFlight | None = None  # the step handed over last
@@ -109,7 +111,7 @@ class Runner:
         if self.decoder.device.index is not None and self.decoder.device.type == "cuda":
             torch.cuda.set_device(self.decoder.device)  # the calling thread may have another
         outcome = StepResult(plan.step, [[] for _ in plan.spans])
-        step = InFlight(outcome, time.perf_counter(), self.image)
+        step = InFlight(outcome, time.perf_counter(), self.image, self.acceptance)
         before, self._flying = self._flying, step
         self._update(plan)
         if plan.spans:

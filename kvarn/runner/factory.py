@@ -59,6 +59,7 @@ class RunnerFactory:
             state,
             graphs,
             pieces,
+            config.synthetic_acceptance,
         )
 
     def workspace(self) -> int:

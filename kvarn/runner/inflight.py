@@ -12,7 +12,7 @@ from kvarn.core.plan import Draft, SpanResult, StepResult
 from kvarn.runner.batch import Batch
 from kvarn.runner.image import Image, Ints
 from kvarn.runner.sampler import Sampled
-from kvarn.runner.verify import walk
+from kvarn.runner.verify import pretend, walk
 
 
 @dataclass(slots=True)
@@ -22,6 +22,7 @@ class InFlight:
     outcome: StepResult
     began: float  #: [s]
     image: Image
+    acceptance: float = 0.0  #: not 0: drafts are accepted by chance, not by judgement
     batch: Batch | None = None
     owners: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     at: Ints = field(default_factory=lambda: np.zeros(0, np.int64))  #: where the tokens go
@@ -101,8 +102,13 @@ class InFlight:
                 error = error or f"the model's logits at position {length} are not finite"
                 self.outcome.extras.setdefault(span, SpanResult()).error = error
                 continue
-            run = walk(sampled.tokens[first:end], batch.drafts[at] or Draft(), fault)
-            self.image.commit(int(batch.rows[at]), length, run.tokens)
+            row, chosen = int(batch.rows[at]), sampled.tokens[first:end]
+            draft = batch.drafts[at] or Draft()
+            if self.acceptance and fault == len(chosen):
+                run = pretend(chosen, draft, self.acceptance, int(self.image.owner[row]), length)
+            else:
+                run = walk(chosen, draft, fault)
+            self.image.commit(row, length, run.tokens)
             self.outcome.tokens[span] = run.tokens
             if first in sampled.logprobs:
                 extra = self.outcome.extras.setdefault(span, SpanResult())

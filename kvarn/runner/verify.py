@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvarn.core.plan import Draft
+from kvarn.runner.uniform import uniform
 
 Ints = NDArray[np.int64]
 
@@ -42,6 +43,19 @@ def walk(chosen: list[int], draft: Draft, most: int) -> Run:
         rows.append(at)
         tokens.append(chosen[at])
     return Run(rows, tokens)
+
+
+def pretend(chosen: list[int], draft: Draft, share: float, key: int, length: int) -> Run:
+    """Accept each draft of a chain with probability `share`, whatever the target says of it.
+
+    For measurements on random weights, whose output means nothing. The same sequence `key` at the
+    same `length` always meets the same fate.
+    """
+    n = len(draft.tokens)
+    chance = uniform(np.full(n, key, np.uint64), length + np.arange(n))
+    refused = np.flatnonzero(chance >= share)
+    accepted = int(refused[0]) if refused.size else n
+    return Run(list(range(accepted + 1)), [*draft.tokens[:accepted], chosen[accepted]])
 
 
 def _children(draft: Draft) -> dict[int, dict[int, int]]:
