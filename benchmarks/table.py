@@ -273,8 +273,8 @@ def sim_routers(result: dict[str, Any]) -> Lines:
     }  # fmt: skip
     return [
         f"{said['instances']} instances of {said['model']} on {said['device']}, priced by the "
-        f"{said['cost']} (nothing measured: read the differences, not the times; error "
-        f"bars below say which of them last), "
+        f"{said['cost']} (nothing measured: read the differences, not the times; the "
+        f"section below has error bars, for a smaller fleet and part of the trace), "
         f"{result['workload']['trace']}.",
         "",
         *columns(result, picked),
@@ -285,13 +285,18 @@ def sim_routers(result: dict[str, Any]) -> Lines:
     ]
 
 
+def ratio(value: float | None) -> str:
+    """A ratio to a thousandth: whether it is above 1 must show."""
+    return "-" if value is None else f"{value:.3f}"
+
+
 def policies(result: dict[str, Any]) -> Lines:
     """Ratios of policies in simulation, with what is left of them when the times are wrong."""
     said, option = result["config"], result["vary"].partition("=")[0]
     rows = [
         [
-            one["measure"], one["policy"].removeprefix(f"{option}="), one["nominal"],
-            f"[{cell(one['p5'])}, {cell(one['p95'])}]", one["verdict"],
+            one["measure"], one["policy"].removeprefix(f"{option}="), ratio(one["nominal"]),
+            f"[{ratio(one['p5'])}, {ratio(one['p95'])}]", one["verdict"],
         ]
         for one in result["claims"]
     ]  # fmt: skip
