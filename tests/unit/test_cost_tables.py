@@ -16,14 +16,8 @@ import pytest
 from kvarn.core.errors import ConfigError
 from kvarn.core.model import ModelSpec
 from kvarn.cost.grid import Grid
-from kvarn.cost.kernel_tables import (
-    KernelTables,
-    attention_grid,
-    expert_grid,
-    gemm_grid,
-    pairs,
-    read_peak,
-)
+from kvarn.cost.kernel_grids import attention_grid, expert_grid, gemm_grid, pairs, read_peak
+from kvarn.cost.kernel_tables import KernelTables
 from kvarn.cost.layer_tables import LayerTables, Skew, merged
 from kvarn.cost.profile_table import ProfileTable
 from kvarn.cost.rows import of_row, to_row
