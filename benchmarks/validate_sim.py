@@ -13,26 +13,23 @@ import csv
 import gzip
 import json
 import statistics
-from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from random import Random
 from typing import Any
 
 from kvarn.bench import record
 from kvarn.bench.options import Fleet
 from kvarn.bench.sim import find_spec, make_control, requests_of
+from kvarn.bench.validation import SHORTEST, WAVES, closed_loop, errors, simulated_times, times
 from kvarn.cluster import fleet
 from kvarn.cluster.router.round_robin import RoundRobin
 from kvarn.cluster.routing import Routing
 from kvarn.core.errors import ConfigError
-from kvarn.core.request import Request, SamplingParams
 from kvarn.cost.rounded import Rounded
-from kvarn.cost.shape import CostModel
+from kvarn.cost.shape import CostModel, StepShape
 from kvarn.cost.tables import from_table
-from kvarn.sim.heap import NS
 from kvarn.sim.instance import Instance
-from kvarn.sim.run import Outcome, Record, Tally
+from kvarn.sim.run import Outcome, Tally
 from kvarn.sim.simulation import Simulation
 from kvarn.workload.load import open_trace
 from kvarn.workload.trace import Trace, TraceRequest
@@ -50,8 +47,10 @@ HOSTS = (0.0, 0.5e-3, 1e-3, 2e-3)  #: host time of a step, tried on every run al
 BLOCKS = (0.8, 0.9, 1.0, 1.1)  #: shares of the block count
 LIMITS = {"tpot": 0.10, "e2e": 0.10}  #: of the means of the runs
 POINT_LIMITS = {"tpot": 0.15, "ttft": 0.30}  #: of the median over the points
-WAVES = 3  #: requests of a closed loop, in concurrencies; the middle ones count
-SHORTEST = 0.8  #: lengths are uniform from this share of isl and osl on: the sample does not say
+BUDGET = 8192  #: tokens of a step, of the published server
+#: KV format. 70B: `kv-cache-dtype: fp8` in InferenceMAX's `70b_fp8_{h100,h200}_slurm.sh`. The
+#: sample does not say how the 8B points were measured: the server's default.
+KV = {"llama-3.1-70b": "fp8", "llama-3.1-8b": "bfloat16"}
 ROUND = 32  #: contexts of decodes in closed loops are priced rounded to this [tokens]
 Row = dict[str, Any]
 
@@ -62,28 +61,6 @@ def lines(path: Path) -> list[Row]:
         return [json.loads(line) for line in file]
 
 
-def summary(values: Sequence[float]) -> dict[str, float]:
-    """Mean, median and 99th percentile (nearest rank)."""
-    ordered = sorted(values)
-    return {
-        "mean": statistics.fmean(ordered),
-        "p50": statistics.median(ordered),
-        "p99": ordered[max(0, -(-99 * len(ordered) // 100) - 1)],
-    }
-
-
-def times(rows: Iterable[tuple[float, float, float, int]]) -> dict[str, dict[str, float]]:
-    """TTFT, TPOT and E2E [s] and throughput [tokens/s] of (arrival, first, last, tokens)."""
-    found = list(rows)
-    span = max(last for _, _, last, _ in found) - min(at for at, *_ in found)
-    return {
-        "ttft": summary([first - at for at, first, _, _ in found]),
-        "tpot": summary([(last - first) / (n - 1) for _, first, last, n in found if n > 1]),
-        "e2e": summary([last - at for at, _, last, _ in found]),
-        "throughput": {"mean": sum(n for *_, n in found) / span},
-    }
-
-
 def measured_times(rows: list[Row]) -> list[tuple[float, float, float, int]]:
     """A run's requests on one clock: the least delay from arrival to the queue ties the two."""
     shift = min(row["queued_ts"] - row["arrival_time"] for row in rows)
@@ -92,26 +69,6 @@ def measured_times(rows: list[Row]) -> list[tuple[float, float, float, int]]:
          row["output_toks"])
         for row in rows
     ]  # fmt: skip
-
-
-def simulated_times(records: Iterable[Record]) -> list[tuple[float, float, float, int]]:
-    """The same of simulated requests; one that did not complete is an error."""
-    found = []
-    for one in records:
-        if one.first is None or one.last is None or one.end is None:
-            raise ConfigError(f"request {one.id} did not complete: {one.error}")
-        found.append((one.arrival / NS, one.first / NS, one.last / NS, one.n_out))
-    return found
-
-
-def errors(
-    guess: dict[str, dict[str, float]], truth: dict[str, dict[str, float]]
-) -> dict[str, dict[str, float]]:
-    """Relative errors, predicted / measured - 1."""
-    return {
-        name: {key: guess[name][key] / value - 1 for key, value in found.items()}
-        for name, found in truth.items()
-    }
 
 
 def run_trace(folder: Path, rows: list[Row]) -> Trace:
@@ -188,29 +145,6 @@ def transferred(runs: list[Row]) -> Row:
     return {"host": best["host"], "calibrated_on": first["run"], "errors": judged}
 
 
-def closed_loop(concurrency: int, isl: int, osl: int) -> tuple[list[Request], Any, set[str]]:
-    """First wave, `after` and the ids that count. The first wave's answers are cut at random
-    places, so that the loop starts as it goes on: requests of every age.
-    """
-    rng, made = Random(f"{concurrency} {isl} {osl}"), 0
-
-    def request(share: float, now: float = 0.0) -> Request:
-        nonlocal made
-        n_in = rng.randint(max(1, round(SHORTEST * isl)), isl)
-        n_out = max(2, round(share * rng.randint(max(2, round(SHORTEST * osl)), osl)))
-        made += 1
-        params = SamplingParams(max_tokens=n_out, ignore_eos=True, temperature=0.0)
-        return Request(str(made - 1), [(1 << 61) + made] * n_in, params, arrival=now)
-
-    def after(_: str, now: float) -> list[Request]:
-        if made >= WAVES * concurrency:
-            return []
-        return [request(1.0, now)]
-
-    first = [request(rng.random()) for _ in range(concurrency)]
-    return first, after, {str(i) for i in range(concurrency, 2 * concurrency)}
-
-
 def wanted(row: Row) -> bool:
     """A point that the kernel tables cover: Llama-3.1 on vLLM, one kind of worker."""
     return (
@@ -220,9 +154,24 @@ def wanted(row: Row) -> bool:
 
 
 @cache
-def kernels(folder: Path, model: str, system: str, tp: int, gemm: str) -> CostModel:
+def kernels(folder: Path, model: str, system: str, tp: int, gemm: str, kv: str) -> CostModel:
     """Kernel tables, read once for all points that they price."""
-    return from_table(folder / "perf", find_spec(model), device=system, tp=tp, gemm=gemm)
+    spec = find_spec(model)
+    return from_table(folder / "perf", spec, device=system, tp=tp, gemm=gemm, kv=kv)
+
+
+def prefill_load(cost: CostModel, row: Row) -> float:
+    """Share of the time that prompts alone would take at the measured rate, in the fastest way.
+
+    By Little's law the point's concurrency and times give its rate of prompts; the tables give the
+    time of a step full of whole prompts. Above 1 these kernels cannot have computed the prompts.
+    """
+    isl, osl, n = int(row["isl"]), int(row["osl"]), int(row["batch_size"])
+    n_in, n_out = (round((1 + SHORTEST) / 2 * length) for length in (isl, osl))
+    spent = float(row["silicon_ttft_ms"]) + (n_out - 1) * float(row["silicon_tpot_ms"])
+    whole = max(1, BUDGET // n_in)
+    seconds = cost.step(StepShape(((n_in, n_in),) * whole, n_logits=whole)).seconds / whole
+    return n / (spent / 1000) * seconds
 
 
 def point(folder: Path, row: Row) -> Row:
@@ -230,28 +179,32 @@ def point(folder: Path, row: Row) -> Row:
     model = "llama-3.1-8b" if "8B" in row["model_path"] else "llama-3.1-70b"
     tp, concurrency = int(row["tp_size"]), int(row["batch_size"])
     isl, osl = int(row["isl"]), int(row["osl"])
-    exact = kernels(folder, model, row["system"], tp, row["gemm_quant_mode"])
+    kv = KV[model]
+    exact = kernels(folder, model, row["system"], tp, row["gemm_quant_mode"], kv)
     options = Fleet(
         model=model, device=row["system"].partition("_")[0], tp=tp, quantization=row["precision"],
-        max_seqs=concurrency, page_size=16, prefix="none",
+        max_seqs=concurrency, page_size=16, prefix="none", budget=BUDGET,
+        kv_dtype="fp8" if kv == "fp8" else "auto",
     )  # fmt: skip
-    first, after, counted = closed_loop(concurrency, isl, osl)
+    first, after = closed_loop(concurrency, isl, osl)
     outcome = one_instance(options, Trace("closed loop", ()), Rounded(exact, ROUND), (first, after))
-    found = times(simulated_times(one for one in outcome.records if one.id in counted))
+    found = times(simulated_times(outcome.records))
     about = {"model": model, "device": row["system"], "tp": tp, "concurrency": concurrency}
     return about | {
         "isl": isl, "osl": osl, "precision": row["precision"], "id": row["id"],
         "measured": {"ttft": float(row["silicon_ttft_ms"]), "tpot": float(row["silicon_tpot_ms"])},
         "predicted": {key: 1000 * found[key]["mean"] for key in ("ttft", "tpot")},
+        "prefill_load": prefill_load(exact, row),
         "missing_ms": float(row["silicon_tpot_ms"]) - 1000 * found["tpot"]["mean"],
     }  # fmt: skip
 
 
 def groups(points: list[Row]) -> list[Row]:
-    """Median absolute and signed errors by model, device and tp, and of all."""
+    """Median absolute and signed errors by model, device and tp, by model, and of all."""
     keyed: dict[tuple[Any, ...], list[Row]] = {("all", "", ""): points}
     for one in points:
-        keyed.setdefault((one["model"], one["device"], one["tp"]), []).append(one)
+        for key in ((one["model"], "", ""), (one["model"], one["device"], one["tp"])):
+            keyed.setdefault(key, []).append(one)
     found = []
     for (model, device, tp), members in sorted(keyed.items(), key=str):
         row: Row = {"model": model, "device": device, "tp": tp, "points": len(members)}
@@ -260,6 +213,7 @@ def groups(points: list[Row]) -> list[Row]:
             row[f"{key}_median_error"] = statistics.median(map(abs, off))
             row[f"{key}_bias"] = statistics.median(off)
             row[f"{key}_within"] = row[f"{key}_median_error"] <= limit
+        row["prefill_load"] = statistics.median(one["prefill_load"] for one in members)
         row["missing_ms"] = statistics.median(one["missing_ms"] for one in members)
         found.append(row)
     return found

@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,20 +41,32 @@ def test_errors_are_relative_and_signed(script):
     assert found["tpot"]["mean"] == pytest.approx(-0.1)
 
 
-def test_a_closed_loop_ends_and_counts_its_middle(script):
-    first, after, counted = script.closed_loop(4, 100, 50)
+def test_a_closed_loop_starts_with_a_burst_and_ends(script):
+    first, after = script.closed_loop(4, 100, 50)
     later = []
     while more := after("any", 2.0):
         later += more
     assert len(first) == 4 and len(later) == 4 * (script.WAVES - 1)
-    assert counted == {one.id for one in later[:4]}
-    assert all(one.arrival == 2.0 and 80 <= len(one.prompt) <= 100 for one in later)
-    assert all(40 <= one.sampling.max_tokens <= 50 for one in later)
+    assert all(one.arrival == 0.0 for one in first)
+    assert all(one.arrival == 2.0 for one in later)
+    assert all(80 <= len(one.prompt) <= 100 for one in first + later)
+    assert all(40 <= one.sampling.max_tokens <= 50 for one in first + later)
+
+
+def test_a_point_that_needs_more_prefill_than_there_is_time_is_seen(script):
+    class Second:
+        def step(self, shape):
+            return SimpleNamespace(seconds=1.0)
+
+    row = {"isl": "8192", "osl": "100", "batch_size": "4", "silicon_tpot_ms": "10",
+           "silicon_ttft_ms": "1110"}  # fmt: skip
+    # 4 prompts in 2 s, a second each
+    assert script.prefill_load(Second(), row) == pytest.approx(2.0)
 
 
 def test_groups_hold_the_limits_against_medians(script):
     points = [
-        {"model": "m", "device": "d", "tp": 1, "missing_ms": 0.0,
+        {"model": "m", "device": "d", "tp": 1, "missing_ms": 0.0, "prefill_load": 0.5,
          "measured": {"ttft": 10.0, "tpot": 10.0}, "predicted": {"ttft": 15.0, "tpot": tpot}}
         for tpot in (9.0, 10.0, 30.0)
     ]  # fmt: skip
