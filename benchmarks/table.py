@@ -235,28 +235,6 @@ def gpu_attention(result: dict[str, Any]) -> Lines:
     ]
 
 
-def sim_vllm(result: dict[str, Any]) -> Lines:
-    """Public vLLM runs, predicted."""
-    names = [f"{mark}_{measure}" for measure in ("ttft", "tpot", "e2e") for mark in ("mean", "p99")]
-    rows = [
-        [
-            row["run"], row["host_ms"], f"{row['pages']} ({row['pages_source']})",
-            row["preemptions"], *(percent(row[f"{name}_error"]) for name in names),
-            percent(row["throughput_error"]),
-        ]
-        for row in result["results"]
-    ]  # fmt: skip
-    heads = [
-        name.replace("_", " ").replace("ttft", "TTFT").replace("tpot", "TPOT") for name in names
-    ]
-    return [
-        f"Error of the simulation against runs of vLLM {result['config']['vllm']} with 300 "
-        "requests, priced by tables of the same GPUs' layers, nothing fitted to the runs.",
-        "",
-        *table(["run", "host ms", "KV pages", "preemptions", *heads, "throughput"], rows),
-    ]
-
-
 def percent(share: float) -> str:
     """A relative error."""
     return f"{100 * share:+.1f} %"
@@ -322,14 +300,15 @@ def sim_validation(result: dict[str, Any]) -> Lines:
         "tpot_median_error": "median TPOT error", "tpot_bias": "TPOT bias",
         "tpot_within": "within limit", "missing_ms": "TPOT short by ms",
         "ttft_median_error": "median TTFT error", "ttft_bias": "TTFT bias",
-        "ttft_within": "within limit ",
+        "ttft_within": "within limit ", "prefill_load": "prefill load",
     }  # fmt: skip
     rows = [[row.get(key) for key in picked] for row in result["groups"]]
     return [
         f"Llama-3.1 on vLLM (AIConfigurator's silicon sample) against closed loops priced by "
         f"kernel tables without host time; limits of the median error: TPOT "
         f"{limits['tpot']:.0%}, TTFT {limits['ttft']:.0%}. {len(result['refused'])} points were "
-        f"refused. Scatter: [TPOT](img/sim_tpot.svg), [TTFT](img/sim_ttft.svg).",
+        f"refused. [How, and what is missed](simulator-validation.md). "
+        f"Scatter: [TPOT](img/sim_tpot.svg), [TTFT](img/sim_ttft.svg).",
         "",
         *table(list(picked.values()), rows),
     ]
@@ -344,7 +323,6 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "perplexity": ("What a number format costs", perplexity),
     "gpu_engines": ("Engines side by side on a GPU", gpu_engines),
     "gpu_attention": ("Attention alone on a GPU", gpu_attention),
-    "sim_vllm": ("Public vLLM runs, predicted", sim_vllm),
     "sim_routers": ("Routers in simulation", sim_routers),
     "policies": ("Routers in simulation, with error bars", policies),
     "sim_validation": ("Simulated and measured serving", sim_validation),

@@ -10,7 +10,7 @@ from kvarn.core.request import Request, SamplingParams
 from kvarn.sim.heap import NS
 from kvarn.sim.run import Record
 
-#: The client of InferenceMAX, whose results the 70B points are (its README, "Benchmark Client
+#: The client of InferenceMAX, which the 70B points seem to come from (its README, "Benchmark Client
 #: Configuration"): `--request-rate inf --max-concurrency CONC --num-prompts 10 * CONC`, every
 #: request counts, the first burst too; `--random-range-ratio 0.8`; no prefix cache; the server has
 #: `--max-num-seqs CONC --max-num-batched-tokens 8192`.
