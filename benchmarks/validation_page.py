@@ -51,8 +51,8 @@ python benchmarks/validate_sim.py TRACES_FOLDER
 ```
 """
 
-SETUP = """The sample does not name the client. The 70B points have the shapes, concurrencies and date
-of InferenceMAX, so its published client is simulated: all requests of the concurrency at once, each
+SETUP = """The sample does not name the client. The 70B points have the shapes, concurrencies
+and date of InferenceMAX, so its published client is simulated: all requests of the concurrency at once, each
 answer replaced until ten times as many were served, lengths uniform from 0.8 of the nominal ones,
 **every** request in the mean, the queue of the first burst too. Batch limits, an FP8 KV cache and
 no prefix cache are those of its server scripts of that time, read in public copies of the
