@@ -51,17 +51,17 @@ python benchmarks/validate_sim.py TRACES_FOLDER
 ```
 """
 
-SETUP = """The sample does not name the client. The 70B points have the shapes, concurrencies
-and date of InferenceMAX, so its published client is simulated: all requests of the concurrency at once, each
-answer replaced until ten times as many were served, lengths uniform from 0.8 of the nominal ones,
-**every** request in the mean, the queue of the first burst too. Batch limits, an FP8 KV cache and
-no prefix cache are those of its server scripts of that time, read in public copies of the
-repository; an older README has no FP8 flag for the H200.
+SETUP = """The sample does not name the client. The 70B points have the shapes, concurrencies and
+date of InferenceMAX, so its published client is simulated: all requests of the concurrency at
+once, each answer replaced until ten times as many were served, lengths uniform from 0.8 of the
+nominal ones, **every** request in the mean, the queue of the first burst too. Batch limits, an
+FP8 KV cache and no prefix cache are those of its server scripts of that time, read in public
+copies of the repository; an older README has no FP8 flag for the H200.
 
-An earlier version took the steady middle of a loop and a bf16 cache, and missed the TTFT limit. Its
-residuals, on these same points, grew with the concurrency and so led to that client: no constant
-was fitted, but these points are not a blind test of the setup. TTFT got better by it and TPOT
-worse. Host time is not in the tables, and is taken as 0."""
+An earlier version took the steady middle of a loop and a bf16 cache, and missed the TTFT limit.
+Its residuals, on these same points, grew with the concurrency and so led to that client: no
+constant was fitted, but these points are not a blind test of the setup. TTFT got better by it and
+TPOT worse. Host time is not in the tables, and is taken as 0."""
 
 EIGHT = """**The 8B points stay off**, by more than the limits. Their client and server are not
 published with the sample; they are simulated with the same client and a bf16 KV cache. *Prefill
