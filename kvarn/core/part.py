@@ -55,6 +55,7 @@ BUILT_IN: dict[tuple[str, str], str] = {
     ("router", "round_robin"): "kvarn.cluster.router.round_robin:RoundRobin",
     ("router", "least_loaded"): "kvarn.cluster.router.least_loaded:LeastLoaded",
     ("router", "prefix_aware"): "kvarn.cluster.router.prefix_aware:PrefixAware",
+    ("proposer", "draft"): "kvarn.speculate.propose.draft_model:DraftModel",
     ("proposer", "synthetic"): "kvarn.speculate.propose.synthetic:Synthetic",
     ("attention", "reference"): "kvarn.kernels.attention.reference:Reference",
     ("attention", "cpu"): "kvarn.kernels.attention.cpu:CPUAttention",

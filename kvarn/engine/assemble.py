@@ -13,6 +13,7 @@ from kvarn.core.errors import ConfigError
 from kvarn.core.model import GroupSpec, ModelSpec
 from kvarn.core.part import Cap, Part, find, solve
 from kvarn.core.validate import Limits
+from kvarn.engine.drafter import load_drafter
 from kvarn.kernels import native
 from kvarn.kernels.collective import ALONE, Collective
 from kvarn.kv.sizing import bytes_of, pages_by_group, pages_for_bytes
@@ -27,7 +28,7 @@ from kvarn.runner.sampler import Sampler
 from kvarn.runner.warm import decode_step
 from kvarn.schedule.build import build_control
 from kvarn.schedule.control import Capacity, ControlPlane
-from kvarn.speculate.build import build_speculation
+from kvarn.speculate.build import NEED_DRAFTER, build_speculation
 from kvarn.speculate.speculation import Speculation
 
 if TYPE_CHECKING:
@@ -132,7 +133,12 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
     workspace = build.workspace()
     seconds["largest step"] = time.perf_counter() - began
     began = time.perf_counter()
-    pages, ledger = _choose_pages(resolved, model, groups, workspace, kv_kind.itemsize)
+    drafter = None
+    if group.rank == 0 and config.speculate in NEED_DRAFTER:
+        drafter = load_drafter(resolved, model)
+    every = groups + (drafter.groups if drafter is not None else [])
+    every_pages, ledger = _choose_pages(resolved, model, every, workspace, kv_kind.itemsize)
+    pages, draft_pages = every_pages[: len(groups)], every_pages[len(groups) :]
     runner = build.runner(pages, config.max_len)
     seconds["kv cache"] = time.perf_counter() - began
     if runner.graphs is not None:
@@ -151,6 +157,13 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
         Capacity(config.budget, config.max_seqs, config.max_len, config.max_queue),
         step_log,
     )
+    speculation = None
+    if config.speculate != "none" and group.rank == 0:
+        proposer = None
+        if drafter is not None:
+            backend = parts["attention"]()
+            proposer = drafter.proposer(config, backend, kv_kind, captured, draft_pages)
+        speculation = build_speculation(config, proposer)
     limits = Limits(
         vocab=spec.vocab, max_len=config.max_len, has_tokenizer=model.tokenizer is not None
     )
@@ -164,7 +177,7 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
         parts,
         capabilities,
         step_log,
-        build_speculation(config) if config.speculate != "none" and group.rank == 0 else None,
+        speculation,
         seconds,
     )
 

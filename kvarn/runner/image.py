@@ -43,6 +43,10 @@ class Image:
         find = self._row
         return np.array([find[seq] for seq in seqs], np.int64)
 
+    def row(self, seq: SeqId) -> int:
+        """The row of a sequence."""
+        return self._row[seq]
+
     def start(self, start: SeqStart) -> int:
         """Give a sequence a row and fill it."""
         row = self._free.pop()
@@ -84,6 +88,10 @@ class Image:
         self._widen_tokens(end + 1)
         self.tokens[row, at:end] = tokens
         self.known[row] = self.filled[row] = end
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget the tokens of `row` from position `length` on."""
+        self.known[row] = self.filled[row] = length
 
     def reserve(self, rows: Ints) -> Ints:
         """One more token for each of `rows` (distinct), its value to come: where it will be."""

@@ -8,18 +8,25 @@ from kvarn.core.part import find
 from kvarn.speculate.part import LengthControl, Proposer
 from kvarn.speculate.speculation import Speculation
 
+NEED_DRAFTER = ("draft", "mix")  #: proposers that take a drafting model
 
-def build_speculation(config: EngineConfig) -> Speculation:
-    """Who drafts, and how much."""
+
+def build_speculation(config: EngineConfig, drafter: Proposer | None) -> Speculation:
+    """Who drafts, and how much. `drafter`: the model's proposer, where one is needed."""
     length: Any = find("draft-length", config.draft_length)
     return Speculation(
-        make_proposer(config), cast(LengthControl, length()), config.draft_tokens, time.monotonic
+        _proposer(config, drafter),
+        cast(LengthControl, length()),
+        config.draft_tokens,
+        time.monotonic,
     )
 
 
-def make_proposer(config: EngineConfig) -> Proposer:
-    """The proposer of that name."""
+def _proposer(config: EngineConfig, drafter: Proposer | None) -> Proposer:
     part: Any = find("proposer", config.speculate)
     if config.speculate == "synthetic":
         return cast(Proposer, part(config.synthetic_acceptance))
-    return cast(Proposer, part())
+    if config.speculate == "mix":
+        suffix: Any = find("proposer", "suffix")
+        return cast(Proposer, part(suffix(), drafter))
+    return drafter if drafter is not None else cast(Proposer, part())

@@ -99,3 +99,26 @@ def test_schedulers_and_indexes(tiny_folder: Any, wanted: Any, scheduler: str, p
     speculating(engine, answers, 0.3, 5)
     assert run(engine, requests, seed=2) == answers
     assert engine.control.check_integrity() == []
+
+
+@pytest.mark.parametrize("options", [{}, {"budget": 7}, {"pages": 40}, {"overlap": "on"}])
+@pytest.mark.parametrize("drafter", ["itself", "another"])
+def test_a_drafting_model(
+    tiny_folder: Any, wanted: Any, options: dict[str, Any], drafter: str
+) -> None:
+    requests, answers = wanted["llama"]
+    engine = make_engine(
+        tiny_folder("llama"), speculate="draft", draft_length="fixed", draft_tokens=4,
+        draft_model=tiny_folder("llama" if drafter == "itself" else "mistral"), **options,
+    )  # fmt: skip
+    assert engine.speculation is not None
+    engine.speculation.length = AnyLength(4)
+    assert run(engine, requests, seed=5) == answers
+    stats = engine.stats()
+    assert stats.drafted_tokens > 0
+    if drafter == "itself":  # greedy, the same weights: it cannot err
+        assert stats.accepted_tokens == stats.drafted_tokens
+    proposer: Any = engine.speculation.proposer
+    assert proposer.kv.check_integrity([]) == []
+    assert proposer.kv.held(0) == 0
+    assert engine.control.check_integrity() == []

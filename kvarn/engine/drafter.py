@@ -1,0 +1,68 @@
+"""The drafting model of an engine: loaded beside the target, with pages and a runner of its own."""
+
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+
+from kvarn.core.config import EngineConfig, Origin, Resolved
+from kvarn.core.errors import ConfigError
+from kvarn.core.model import GroupSpec
+from kvarn.core.part import find
+from kvarn.kernels.attention import AttentionBackend
+from kvarn.kv.evict import Evict
+from kvarn.kv.manager import KVManager
+from kvarn.models.load import Model, load
+from kvarn.runner.factory import RunnerFactory
+from kvarn.runner.sampler import Sampler
+from kvarn.speculate.propose.draft_model import DraftModel
+
+
+@dataclass(slots=True)
+class Drafter:
+    """A model that drafts, before there are pages for it."""
+
+    model: Model
+    groups: list[GroupSpec]
+
+    def proposer(
+        self,
+        config: EngineConfig,
+        attention: AttentionBackend,
+        kv_kind: torch.dtype,
+        captured: bool,
+        pages: list[int],
+    ) -> DraftModel:
+        """The part, with `pages` by group."""
+        device = self.model.device
+        sampler = Sampler(self.model.spec.vocab, device, config.seed, None)
+        build = RunnerFactory(
+            config, self.model, self.groups, attention, sampler, kv_kind, captured
+        )
+        index: Any = None
+        if config.prefix != "none":
+            make: Any = find("prefix", config.prefix)
+            windows = [group.window for group in self.groups]
+            index = make(config.page_size, windows, cast(Evict, find("evict", config.evict)()))
+        kv = KVManager(self.groups, pages, config.page_size, index)
+        runner = build.runner(pages, config.max_len)
+        return DraftModel(runner, kv, config.budget, config.max_seqs)
+
+
+def load_drafter(resolved: Resolved, target: Model) -> Drafter:
+    """The model that `draft_model` names, in the target's format; vocabularies agree."""
+    config = resolved.config
+    if not config.draft_model:
+        raise ConfigError(
+            f"speculate={config.speculate} needs draft_model: the name or folder of a small model "
+            f"with the vocabulary of {target.spec.name}"
+        )
+    options = replace(config, model=config.draft_model, max_len=0, tp=1)
+    own = Resolved(options, {name: Origin("derived") for name in resolved.origins})
+    model = load(own)
+    if model.spec.vocab != target.spec.vocab:
+        raise ConfigError(
+            f"draft_model {config.draft_model!r} has a vocabulary of {model.spec.vocab} tokens and "
+            f"{target.spec.name} one of {target.spec.vocab}: a drafter must share the target's"
+        )
+    return Drafter(model, model.decoder.spec.groups())

@@ -1,0 +1,200 @@
+"""A smaller model of the same vocabulary drafts token by token (arXiv 2211.17192, section 3).
+
+It has a runner, pages and a prefix index of its own: whatever befalls the target's KV (preemption,
+swapping, eviction) does not touch the drafter's, which catches up by itself, in chunks of the
+step's budget. Drafts are its most likely tokens (DELTA), and each token's probability under it is
+the confidence that length controls stop by.
+
+Regime: predictable text at small batches, where a step costs little more for several rows than for
+one and the drafter a small part of it. Loses where the target is not bound by memory (large
+batches), and against model-free proposers on text that repeats itself.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from kvarn.core.part import Cap, Part
+from kvarn.core.plan import Draft, SeqId, SeqStart, Span, StepPlan
+from kvarn.core.request import SamplingParams
+from kvarn.core.seq import Seq
+from kvarn.kv.manager import KVManager
+from kvarn.runner.executor import Runner
+from kvarn.speculate.part import Ask, LengthControl, Verified
+
+#: most likely token, with its probability
+GREEDY = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True, logprobs=0)
+
+
+@dataclass(slots=True)
+class _Follower:
+    """A sequence as the drafter knows it; `seq.tokens` is the target's own list."""
+
+    seq: Seq
+    known: int = 0  #: leading tokens that the drafter's image holds as the target has them
+    drafted: list[int] | None = None  #: what it proposed after these
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A draft in the making."""
+
+    follower: _Follower
+    most: int
+    draft: Draft
+
+
+class DraftModel(Part):
+    """Drafts with a model; `propose` runs it once for what is new, and once for each token more."""
+
+    name, kind, paper = "draft", "proposer", "2211.17192"
+    needs = frozenset({Cap.PAGED_KV})
+    regime = (
+        "Predictable text at small batches, with a drafter that costs a few percent of the target. "
+        "Loses at large batches, and on repetitions that a suffix tree finds for nothing."
+    )
+
+    def __init__(self, runner: Runner, kv: KVManager, budget: int, max_seqs: int) -> None:
+        """`budget`: positions of one forward pass; `max_seqs`: rows of the runner's image."""
+        self.runner, self.kv, self.budget, self.max_seqs = runner, kv, budget, max_seqs
+        self._followers: dict[SeqId, _Follower] = {}
+        self._gone: list[SeqId] = []  # rows that the runner must forget
+        self._step = 0
+        self._now = 0.0  # order of use, for the eviction of prefixes
+
+    def propose(self, asks: Sequence[Ask], control: LengthControl) -> list[Draft]:
+        """Catch up, then draft while somebody goes on; empty where the drafter is behind."""
+        self._now += 1.0
+        wanted = {ask.seq.id for ask in asks}
+        drafts = {}
+        plan = self._plan()
+        spare = self.budget
+        for ask in asks:
+            follower = self._follow(ask, plan, wanted)
+            if follower is None or spare < 1:
+                continue
+            seq = follower.seq
+            count = min(len(seq.tokens) - seq.computed, spare)
+            spare -= count
+            caught_up = seq.computed + count == len(seq.tokens)
+            plan.spans.append(Span(seq.id, seq.computed, count, 0, caught_up))
+            seq.computed += count
+            if caught_up:
+                drafts[seq.id] = _Draft(follower, ask.most, Draft())
+        if plan.spans:
+            self._run(plan, drafts)
+            self._go_on(drafts, control)
+        return [drafts[ask.seq.id].draft if ask.seq.id in drafts else Draft() for ask in asks]
+
+    def observe(self, records: Sequence[Verified]) -> None:
+        """Nothing to learn: the next round compares the tokens themselves."""
+
+    def forget(self, seq: Seq) -> None:
+        """Its whole pages stay for prefix hits."""
+        if seq.id in self._followers:
+            self._drop(seq.id)
+
+    # followers
+
+    def _follow(self, ask: Ask, plan: StepPlan, wanted: set[SeqId]) -> _Follower | None:
+        """The follower of a sequence with pages for its known tokens and its draft, if they fit."""
+        follower = self._followers.get(ask.seq.id)
+        if follower is None:
+            follower = self._begin(ask.seq, wanted)
+            fresh = True
+        else:
+            self._correct(follower)
+            fresh = False
+        if follower is None:
+            return None
+        seq = follower.seq
+        edits = self.kv.reserve(seq, len(seq.tokens) + ask.most - 1, self._now)
+        if edits is None:
+            self._drop(seq.id, started=not fresh)
+            return None
+        if fresh:
+            tables = [list(table) for table in seq.tables]
+            plan.starts.append(
+                SeqStart(seq.id, seq.request, seq.index, list(seq.tokens), seq.prompt_len, tables)
+            )
+        else:
+            plan.edits += edits
+        return follower
+
+    def _begin(self, target: Seq, wanted: set[SeqId]) -> _Follower | None:
+        if len(self._followers) >= self.max_seqs:
+            idle = next((seq for seq in self._followers if seq not in wanted), None)
+            if idle is None:
+                return None
+            self._drop(idle)
+        request = replace(target.request, sampling=GREEDY)
+        seq = Seq(target.id, request, target.index, target.tokens, 1 << 60, target.order)
+        match = self.kv.lookup(seq)
+        self.kv.attach(seq, match, self._now)
+        follower = self._followers[target.id] = _Follower(seq, len(seq.tokens))
+        return follower
+
+    def _correct(self, follower: _Follower) -> None:
+        """Put what the target committed in place of what was drafted."""
+        seq, known = follower.seq, follower.known
+        new = seq.tokens[known:]
+        agreed = 0
+        for mine, theirs in zip(follower.drafted or (), new):
+            if mine != theirs:
+                break
+            agreed += 1
+        seq.computed = min(seq.computed, known + agreed)
+        if new:
+            self.runner.image.commit(self.runner.image.row(seq.id), known, new)
+        else:
+            self.runner.image.truncate(self.runner.image.row(seq.id), known)
+        follower.known, follower.drafted = len(seq.tokens), None
+        self.kv.publish(seq, self._now)
+
+    def _drop(self, seq_id: SeqId, started: bool = True) -> None:
+        """Give the pages of a follower back; its row too, once the runner hears of it."""
+        follower = self._followers.pop(seq_id)
+        self.kv.release(follower.seq, self._now)
+        if started:
+            self._gone.append(seq_id)
+
+    # steps
+
+    def _plan(self) -> StepPlan:
+        self._step += 1
+        return StepPlan(self._step, stops=self._gone)  # rows that become free until it runs too
+
+    def _run(self, plan: StepPlan, drafts: dict[SeqId, _Draft]) -> None:
+        """One forward pass; every span that caught up brings a token."""
+        self._gone = []
+        result = self.runner.run(plan)
+        for i, span in enumerate(plan.spans):
+            if not span.wants_logits:
+                continue
+            extra = result.extras.get(i)
+            if not result.tokens[i] or extra is None or not extra.logprobs:
+                drafts[span.seq].most = 0  # a fault of the drafter's logits ends the draft only
+                continue
+            one = drafts[span.seq]
+            one.draft.tokens.append(result.tokens[i][0])
+            one.draft.confidence.append(math.exp(extra.logprobs[0].logprob))
+
+    def _go_on(self, drafts: dict[SeqId, _Draft], control: LengthControl) -> None:
+        """A token more for all whose draft is not long enough, until there is nobody left."""
+        going = list(drafts.values())
+        while True:
+            going = [
+                one
+                for one in going
+                if len(one.draft.tokens) < one.most and control.goes_on(one.draft.confidence)
+            ]
+            if not going:
+                break
+            plan = self._plan()
+            for one in going:
+                seq = one.follower.seq
+                plan.spans.append(Span(seq.id, seq.computed, 1))
+                seq.computed += 1
+            self._run(plan, drafts)
+        for one in drafts.values():
+            one.follower.drafted = list(one.draft.tokens)
