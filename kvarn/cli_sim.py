@@ -110,8 +110,6 @@ def rate_lines(report: dict[str, Any], asked: str) -> list[str]:
                 f"a short load: {report['offered_per_s']:.4g} requests/s came, {done:.4g} were "
                 f"completed; with more requests the highest rate will be lower"
             )
-    if not report["monotone"]:
-        lines.append("attainment does not only fall with the rate: another limit may lie elsewhere")
     return lines
 
 

@@ -2,9 +2,9 @@
 
 A probe is one whole simulation. It attains if the asked share of all requests, refused and failed
 ones included, meets every target. Both searches take attainment to be monotone (falling with the
-rate, rising with the instances); where probes contradict that, the result says so. Bursts, caches
-and short loads can: a finite load at any rate ends, so a rate just above what could be sustained
-shows only in a load that lasts long enough for queues to grow.
+rate, rising with the instances), which bursts and prefix caches can break: a search then finds one
+of several limits, and cannot know of the others. A finite load ends at any rate, so a rate just
+above what could be sustained shows only in a load that lasts long enough for queues to grow.
 """
 
 import math
@@ -99,7 +99,6 @@ def rate_for(fleet: Fleet, work: Workload, traffic: Traffic, wanted: Search) -> 
         "bracket": [found.highest and found.highest.at, found.lowest and found.lowest.at],
         "offered_per_s": None if at.closed_loop or not trace.span else len(trace) / trace.span,
         "simulations": len(found.curve),
-        "monotone": found.monotone,
         "curve": [one.row("rate") for one in found.curve],
     }
     return Found(fleet, at, trace, report, found.highest is not None)

@@ -20,7 +20,7 @@ TARGETS = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2E latency"}
 
 
 def ready(folder: str) -> None:
-    """Make the folder; raise `ConfigError` if nothing can be drawn: before a long run, not after."""
+    """Make the folder; `ConfigError` if nothing can be drawn: before a long run, not after."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:

@@ -39,12 +39,6 @@ class RateSearch:
     lowest: Probe | None  #: lowest rate above it that did not; None: every rate tried attained
     curve: list[Probe]  #: all probes, by rate
 
-    @property
-    def monotone(self) -> bool:
-        """Whether no probe attained at a rate above one that did not."""
-        seen = [probe.attained for probe in self.curve]
-        return seen == sorted(seen, reverse=True)
-
 
 def simulate(
     at: float, fleet: Fleet, work: Workload, traffic: Traffic, trace: Trace, attain: float
@@ -62,6 +56,7 @@ def highest_rate(
 ) -> RateSearch:
     """Double or halve from `start` until a pair of rates encloses the limit; bisect their ratio.
 
+    Which of several limits is found, where attainment does not only fall, is left to the probes.
     Ends when the higher rate is at most 1 + `tolerance` times the lower one.
     """
     curve = [probe(start)]
