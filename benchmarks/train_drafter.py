@@ -1,0 +1,110 @@
+"""Train the drafter of SmolLM2-135M-Instruct on its own text, and measure it.
+
+    python benchmarks/train_drafter.py corpus WORK    # the target writes; about 25 minutes
+    python benchmarks/train_drafter.py train WORK     # distil; about 10 minutes
+    python benchmarks/train_drafter.py measure WORK   # acceptance on topics never trained on
+
+`WORK` is a folder for text; times are of two CPU cores. The drafter goes to `--folder`, by default
+the one that kvarn ships, and the measurement to `--json`.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvarn.bench import record
+from kvarn.models.gguf import GGUFWeights, spec_from_gguf
+from kvarn.models.load import locate
+from kvarn.speculate.train import corpus
+from kvarn.speculate.train.drafter import Schedule, Trained, train
+from kvarn.speculate.train.network import from_target, save
+
+TARGET = "smollm2-135m"
+ROOT = Path(__file__).resolve().parent.parent
+#: held-out text by name -> temperature it is written at
+HELD_OUT = {"greedy": 0.0, "sampled": 1.0}
+
+
+def write_corpus(args: argparse.Namespace) -> None:
+    """Text to train on for `--minutes`, then the text to measure with."""
+    from kvarn.engine.llm import LLM
+
+    llm, began = LLM(TARGET, max_seqs=96, threads=args.threads), time.perf_counter()
+
+    def go_on(made: int) -> bool:
+        seconds = time.perf_counter() - began
+        print(f"{made} tokens, {made / seconds:.0f} a second", flush=True)
+        return seconds < 60 * args.minutes
+
+    corpus.generate(llm, args.work / "train", 10_000, go_on=go_on)
+    for seed, (name, heat) in enumerate(HELD_OUT.items(), 1):
+        corpus.generate(
+            llm, args.work / name, 1, held_out=True, per_shard=96, max_tokens=128,
+            temperatures={heat: 1.0}, seed=1_000_000 * seed,
+        )  # fmt: skip
+    llm.close()
+
+
+def train_drafter(args: argparse.Namespace) -> None:
+    """Distil the corpus into a drafter and save it with its history."""
+    file = locate(TARGET).gguf()
+    if file is None:
+        raise SystemExit(f"{TARGET} is not a .gguf file here")
+    spec = spec_from_gguf(file, TARGET)
+    samples = corpus.read(args.work / "train")
+    network = from_target(spec, GGUFWeights(file, spec), args.layers, args.ffn)
+    how, began = Schedule(epochs=args.epochs), time.perf_counter()
+
+    def progress(so_far: Trained) -> None:
+        if so_far.steps % 25 == 0:
+            recent, seconds = so_far.losses[-25:], time.perf_counter() - began
+            print(
+                f"step {so_far.steps}: KL {sum(recent) / len(recent):.3f} nats, {seconds:.0f} s",
+                flush=True,
+            )
+
+    done = train(network, samples, how, progress)
+    about = {
+        "target": TARGET,
+        "from_layers": args.layers,
+        "sequences": len(samples),
+        "corpus_tokens": sum(len(sample.top) for sample in samples),
+        "steps": done.steps,
+        "labels_seen": done.tokens,
+        "seconds": round(time.perf_counter() - began, 1),
+        "threads": torch.get_num_threads(),
+        "last_kl_nats": sum(done.losses[-25:]) / len(done.losses[-25:]),
+        "schedule": asdict(how),
+        "temperatures": {str(heat): share for heat, share in corpus.TEMPERATURES.items()},
+        "device": record.device(),
+        "versions": record.versions(),
+        "git_commit": record.commit(),
+    }
+    save(network, args.folder, about)
+
+
+def main() -> None:
+    """One stage."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stage", choices=("corpus", "train", "measure"))
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--folder", type=Path, default=ROOT / "kvarn/speculate/drafters" / TARGET)
+    parser.add_argument("--json", default=str(ROOT / "benchmarks/results/drafter_smollm2.json"))
+    parser.add_argument("--minutes", type=float, default=24.0, help="of writing text")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--layers", type=int, nargs="+", default=[0, 29], help="to begin from")
+    parser.add_argument("--ffn", type=int, default=512, help="neurons kept of each layer")
+    parser.add_argument("--epochs", type=float, default=3.0)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    stages: dict[str, Any] = {"corpus": write_corpus, "train": train_drafter}
+    stages[args.stage](args)
+
+
+if __name__ == "__main__":
+    main()
