@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 KV_SHARE = {"cpu": 0.25, "cuda": 0.95}  #: of the free memory, where kv_memory is not given
 DEVICE_CAPS = {"cpu": Cap.CPU_DEVICE, "cuda": Cap.CUDA_DEVICE}
+#: what every engine gives, whatever its parts
+BASE_CAPS = frozenset({Cap.PAGED_KV, Cap.TABLE_GROUPS, Cap.WINDOW_HOLES, Cap.STEP_TIMES})
 KV_MOST_CPU = 4 * GIB  #: a laptop's memory is not ours alone
 
 
@@ -113,9 +115,7 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
     here = DEVICE_CAPS[choose_device(resolved).type]
     parts = _choose_parts(resolved, here)
     compiled = time.perf_counter() - began
-    capabilities = solve(
-        list(parts.values()), base={Cap.PAGED_KV, Cap.TABLE_GROUPS, Cap.WINDOW_HOLES, here}
-    )
+    capabilities = solve(list(parts.values()), base=BASE_CAPS | {here})
     model = load(resolved, group=group)
     spec, device = model.spec, model.device
     seconds = {"kernels": compiled, **model.seconds}
