@@ -6,8 +6,9 @@ time lies between those of its neighbours; beyond them it follows the nearest li
 
 from bisect import bisect_left, insort
 
-KEEP = 0.8  #: weight of the past when a size is seen again
-OUTLIER = 3.0  #: a time so many times longer than before counts as so many times longer, no more
+SLOWER = 0.1  #: weight of a time that is longer than before
+FASTER = 0.5  #: weight of one that is shorter: the first of a size may have compiled something
+OUTLIER = 2.0  #: a time so many times longer than before counts as so many times longer, no more
 
 
 class Measured:
@@ -47,8 +48,8 @@ class _Curve:
             insort(self._sizes, size)
             self._seconds[size] = seconds
         else:
-            seconds = min(seconds, OUTLIER * known)  # a kernel was compiled, a disk was busy
-            self._seconds[size] = KEEP * known + (1 - KEEP) * seconds
+            change = min(seconds, OUTLIER * known) - known
+            self._seconds[size] = known + (SLOWER if change > 0 else FASTER) * change
 
     def at(self, size: int) -> float:
         sizes, seconds = self._sizes, self._seconds

@@ -59,6 +59,10 @@ class Round:
 class LengthControl(Protocol):
     """How many tokens to draft. Left side: plain data in, plain data out; keeps its own state."""
 
+    def rests(self) -> bool:
+        """Asked first in every round: whether nobody is drafted for, whoever runs."""
+        ...
+
     def plan(self, round_: Round) -> list[int]:
         """Tokens to draft for each sequence of the round; 0: none."""
         ...
@@ -68,7 +72,7 @@ class LengthControl(Protocol):
         ...
 
     def observe(self, records: Sequence[Verified], step: float, draft: float) -> None:
-        """Learn from a step: its records, and the seconds of the step and of its drafting."""
+        """Learn from a step that judged drafts: its records, and the seconds of it and of them."""
         ...
 
     def forget(self, seq: SeqId) -> None:

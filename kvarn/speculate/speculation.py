@@ -27,6 +27,8 @@ class Speculation:
 
         It may be asked while a step is in flight: sequences count as they will be after it.
         """
+        if self.length.rests():
+            return {}
         running = control.queues.running
         spare = control.budget - len(running)
         seqs, room, others = list[Seq](), list[int](), 0
@@ -70,6 +72,11 @@ class Speculation:
 
     def observe(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
         """A step came back, `seconds` after the one before it, drafting included."""
+        if not plan.drafts:
+            if plan.n_tokens == len(plan.spans) and plan.spans[-1].wants_logits:
+                self.costs.saw_step(plan.n_tokens, seconds - self._drafting)
+            self._drafting = 0.0
+            return
         records = [
             Verified(
                 span.seq, span.drafts, max(0, len(tokens) - 1),

@@ -20,6 +20,9 @@ class AnyLength:
     def __init__(self, most: int) -> None:
         self.chance, self.most = random.Random(most), most
 
+    def rests(self) -> bool:
+        return self.chance.random() < 0.1
+
     def plan(self, round_: Round) -> list[int]:
         return [self.chance.randint(0, self.most) for _ in round_.seqs]
 

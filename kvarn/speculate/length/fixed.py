@@ -17,6 +17,10 @@ class Fixed(Part):
     name, kind, paper = "fixed", "draft-length", "2211.17192"
     regime = "The baseline. Best where nothing changes; slower than no drafts at large batches."
 
+    def rests(self) -> bool:
+        """Never."""
+        return False
+
     def plan(self, round_: Round) -> list[int]:
         """All the room there is."""
         return list(round_.room)

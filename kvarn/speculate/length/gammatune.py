@@ -46,6 +46,10 @@ class GammaTune(Part):
         self.rates = rates or Rates()
         self._states: dict[SeqId, _State] = {}
 
+    def rests(self) -> bool:
+        """Never."""
+        return False
+
     def plan(self, round_: Round) -> list[int]:
         """The length that each sequence has come to."""
         return [

@@ -25,7 +25,8 @@ KEEP = 0.9  #: weight of the past in a sequence's acceptance, and in that of all
 PAYS = 1.03  #: speculation must promise this many times the tokens a second of none
 FIRST_PAUSE, LONGEST_PAUSE = 8, 512  #: rounds without drafts after a failure
 REFRESH = 50  #: rounds after which one without drafts measures the plain step again
-LEARN = 4  #: rounds of drafts before times are believed
+LEARN = 12  #: rounds of drafts before times are believed
+LONGEST_TRIAL = 4  #: draft of these rounds, from 1 token on [tokens]
 
 
 class Survival(Part):
@@ -44,24 +45,29 @@ class Survival(Part):
         self._round = 0
         self._least = 0.0  # survival below which a token costs more than it brings
 
+    def rests(self) -> bool:
+        """After drafts did not pay, and now and then to time the plain step."""
+        self._round += 1
+        if self._round % REFRESH == 0:
+            return True
+        self._resting -= self._resting > 0
+        return self._resting > 0
+
     def plan(self, round_: Round) -> list[int]:
         """Tokens for each sequence; all 0 while drafts do not pay."""
-        self._round += 1
         rows = round_.others + len(round_.seqs)
         none = [0] * len(round_.seqs)
-        if round_.costs.step(rows) == 0.0 or self._round % REFRESH == 0:
-            return none
-        if self._resting > 0:
-            self._resting -= 1
+        if round_.costs.step(rows) == 0.0:
             return none
         if self._tried < LEARN:
-            return [min(1 + self._tried, room) for room in round_.room]
+            length = 1 + self._tried % LONGEST_TRIAL
+            return [min(length, room) for room in round_.room]
         lengths, ratio = self._best(round_, rows)
         if ratio >= PAYS:
             self._pause = FIRST_PAUSE
             return lengths
         self._resting, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
-        self._tried = LEARN - 1  # one round of drafts before the next judgement
+        self._tried = LEARN - 2  # two rounds of drafts before the next judgement
         return none
 
     def goes_on(self, confidence: Sequence[float]) -> bool:
