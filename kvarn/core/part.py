@@ -55,6 +55,8 @@ BUILT_IN: dict[tuple[str, str], str] = {
     ("router", "round_robin"): "kvarn.cluster.router.round_robin:RoundRobin",
     ("router", "least_loaded"): "kvarn.cluster.router.least_loaded:LeastLoaded",
     ("router", "prefix_aware"): "kvarn.cluster.router.prefix_aware:PrefixAware",
+    ("proposer", "suffix"): "kvarn.speculate.propose.suffix:Suffix",
+    ("proposer", "mix"): "kvarn.speculate.propose.mix:Mix",
     ("proposer", "draft"): "kvarn.speculate.propose.draft_model:DraftModel",
     ("proposer", "synthetic"): "kvarn.speculate.propose.synthetic:Synthetic",
     ("proposer", "ngram"): "kvarn.speculate.propose.ngram:NGram",

@@ -45,6 +45,8 @@ class EngineState(Collector):
             "preemptions": ("sequences sent back to the queue", s.preemptions),
             "prefix_cache_queried_tokens": ("prompt tokens looked up", s.prompt_tokens),
             "prefix_cache_hit_tokens": ("prompt tokens found", s.cached_tokens),
+            "drafted_tokens": ("tokens that speculation proposed", s.drafted_tokens),
+            "accepted_draft_tokens": ("of those, accepted", s.accepted_tokens),
             "steps": ("engine steps", s.steps),
             "engine_restarts": ("engine processes started after the first", self.restarts),
         }

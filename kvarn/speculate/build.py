@@ -8,7 +8,7 @@ from kvarn.core.part import find
 from kvarn.speculate.part import LengthControl, Proposer
 from kvarn.speculate.speculation import Speculation
 
-NEED_DRAFTER = ("draft",)  #: proposers that take a drafting model
+NEED_DRAFTER = ("draft", "mix")  #: proposers that take a drafting model
 
 
 def build_speculation(config: EngineConfig, drafter: Proposer | None) -> Speculation:
@@ -26,4 +26,7 @@ def _proposer(config: EngineConfig, drafter: Proposer | None) -> Proposer:
     part: Any = find("proposer", config.speculate)
     if config.speculate == "synthetic":
         return cast(Proposer, part(config.synthetic_acceptance))
+    if config.speculate == "mix":
+        suffix: Any = find("proposer", "suffix")
+        return cast(Proposer, part(suffix(), drafter))
     return drafter if drafter is not None else cast(Proposer, part())

@@ -20,6 +20,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "pages of 1": {"page_size": 1, "pages": 240},
     "prefill first": {"scheduler": "prefill-first"},
     "lfu eviction": {"evict": "lfu"},
+    "n-gram drafts": {"speculate": "ngram", "draft_length": "fixed", "draft_tokens": 3},
+    "suffix drafts": {"speculate": "suffix", "draft_length": "gammatune"},
 }
 
 KINDS: dict[str, SamplingParams] = {

@@ -75,6 +75,15 @@ def test_a_live_run_decides_as_it_did(tiny_folder, tmp_path, scheduler, prefix, 
     assert report.steps > 40 and report.differing == 0, report.shown
 
 
+@pytest.mark.parametrize("proposer", ["ngram", "suffix"])
+def test_speculation_decides_as_it_did(tiny_folder, tmp_path, proposer):
+    path = str(tmp_path / "log.jsonl")
+    record(tiny_folder("llama"), path, speculate=proposer, draft_length="fixed", overlap="on")
+    report = replay(path)
+    assert report.steps > 40 and report.differing == 0, report.shown
+    assert report.stats is not None and report.stats.drafted_tokens > 0
+
+
 def test_window_groups_decide_as_they_did(tiny_folder, tmp_path):
     path = str(tmp_path / "log.jsonl.gz")
     record(tiny_folder("gemma2"), path)
