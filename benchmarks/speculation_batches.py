@@ -22,9 +22,9 @@ PROMPT, OUTPUT, REPEATS = 128, 128, 3
 KINDS: dict[str, tuple[str, int, float] | None] = {
     "none": None,
     "fixed 3, 0.8": ("fixed", 3, 0.8),
+    "survival, 0.8": ("survival", 5, 0.8),
+    "survival, 0.3": ("survival", 5, 0.3),
     "fixed 5, 0.9": ("fixed", 5, 0.9),
-    "survival, 0.8": ("survival", 6, 0.8),
-    "survival, 0.3": ("survival", 6, 0.3),
 }
 
 

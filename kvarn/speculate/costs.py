@@ -7,8 +7,10 @@ time lies between those of its neighbours; beyond them it follows the nearest li
 from bisect import bisect_left, insort
 
 SLOWER = 0.1  #: weight of a time that is longer than before
-FASTER = 0.5  #: weight of one that is shorter: the first of a size may have compiled something
-OUTLIER = 2.0  #: a time so many times longer than before counts as so many times longer, no more
+FASTER = 0.5  #: weight of one that is shorter
+#: a time so many times longer than before counts as so many times longer, no more; one so many
+#: times shorter counts alone, for what was before it has compiled or captured something
+OUTLIER = 1.5
 
 
 class Measured:
@@ -49,7 +51,8 @@ class _Curve:
             self._seconds[size] = seconds
         else:
             change = min(seconds, OUTLIER * known) - known
-            self._seconds[size] = known + (SLOWER if change > 0 else FASTER) * change
+            weight = SLOWER if change > 0 else FASTER if seconds > known / OUTLIER else 1.0
+            self._seconds[size] = known + weight * change
 
     def at(self, size: int) -> float:
         sizes, seconds = self._sizes, self._seconds
