@@ -16,6 +16,7 @@ from kvarn.cli_bench import add_bench
 from kvarn.cli_options import chosen, takes
 from kvarn.cli_profile import add_profile
 from kvarn.cli_replay import add_replay
+from kvarn.cli_reproduce import add_reproduce
 from kvarn.cli_sim import add_sim
 from kvarn.core.config import EngineConfig
 from kvarn.core.errors import ConfigError, KvarnError, RequestError
@@ -99,6 +100,7 @@ def build() -> typer.Typer:
     add_bench(app)
     add_profile(app)
     add_replay(app)
+    add_reproduce(app)
     add_sim(app)
     return app
 

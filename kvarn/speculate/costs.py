@@ -1,20 +1,20 @@
 """`Measured`: what steps and drafts cost here and now, learnt from the steps themselves.
 
-Times are wall times: whatever the host adds to a step counts. Where a size has not been seen, its
-time lies between those of its neighbours; beyond them it follows the nearest line, and never falls.
+Times are wall times: whatever the host adds to a step counts. The time of a size is the median of
+its last few, so that a step that compiled or captured something is forgotten. Where a size has not
+been seen, its time lies between those of its neighbours; beyond them it follows the nearest line,
+and never falls.
 """
 
 from bisect import bisect_left, insort
+from collections import deque
+from statistics import median
 
-SLOWER = 0.1  #: weight of a time that is longer than before
-FASTER = 0.5  #: weight of one that is shorter
-#: a time so many times longer than before counts as so many times longer, no more; one so many
-#: times shorter counts alone, for what was before it has compiled or captured something
-OUTLIER = 1.5
+LAST = 7  #: times of a size that count
 
 
 class Measured:
-    """Seconds by size, moving averages; a step's size is its rows, a draft's its tokens."""
+    """Seconds by size; a step's size is its rows, a draft's its tokens."""
 
     def __init__(self) -> None:
         self._steps = _Curve()
@@ -42,17 +42,16 @@ class _Curve:
 
     def __init__(self) -> None:
         self._sizes: list[int] = []
+        self._times: dict[int, deque[float]] = {}
         self._seconds: dict[int, float] = {}
 
     def add(self, size: int, seconds: float) -> None:
-        known = self._seconds.get(size)
-        if known is None:
+        times = self._times.get(size)
+        if times is None:
             insort(self._sizes, size)
-            self._seconds[size] = seconds
-        else:
-            change = min(seconds, OUTLIER * known) - known
-            weight = SLOWER if change > 0 else FASTER if seconds > known / OUTLIER else 1.0
-            self._seconds[size] = known + weight * change
+            times = self._times[size] = deque(maxlen=LAST)
+        times.append(seconds)
+        self._seconds[size] = median(times)
 
     def at(self, size: int) -> float:
         sizes, seconds = self._sizes, self._seconds

@@ -3,10 +3,12 @@
 Position i of a draft survives with probability a^i, a being what the sequence's drafts have been
 accepted with. The tokens of all sequences are taken in falling order of survival; of every number
 of them, the one with the most expected tokens a second is drafted, by the measured times of steps
-and drafts. None is a candidate like any other. (Utility-driven speculation, arXiv 2506.20675, has
-the criterion, per request; the budget over a batch is ours, as are the constants.)
+and drafts. None is a candidate like any other.
 
-Where none wins, drafts are tried again after a pause that doubles with every failure, so that what
+Expectations are held against what came: every few rounds with drafts, the tokens that they brought
+and the time that they took are compared with what plain steps would have (the utility of arXiv
+2506.20675, over the batch; the budget is ours, as are the constants). Where drafts lose, by either
+measure, they are tried again after a pause that doubles with every failure, so that what
 speculation costs where it does not pay tends to nothing.
 
 Regime: the default. It needs times that repeat; on a machine whose steps vary by more than drafts
@@ -14,6 +16,7 @@ gain, it decides by noise.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from kvarn.core.part import Cap, Part
@@ -26,7 +29,21 @@ PAYS = 1.03  #: speculation must promise this many times the tokens a second of 
 FIRST_PAUSE, LONGEST_PAUSE = 8, 512  #: rounds without drafts after a failure
 REFRESH = 50  #: rounds after which one without drafts measures the plain step again
 LEARN = 12  #: rounds of drafts before times are believed
+TRIED_SHARE = 8  #: one of so many sequences is drafted for in these rounds
+HOPELESS = 0.8, 4  #: below this gain after so many rounds, the rest of them is not waited for
+JUDGE = 16  #: rounds of drafts over which they are judged by what they brought
 LONGEST_TRIAL = 4  #: draft of these rounds, from 1 token on [tokens]
+
+
+@dataclass(slots=True)
+class _Made:
+    """What rounds with drafts brought, and what plain steps would have."""
+
+    rounds: int = 0
+    tokens: int = 0
+    plain_tokens: int = 0
+    seconds: float = 0.0
+    plain_seconds: float = 0.0
 
 
 class Survival(Part):
@@ -34,7 +51,10 @@ class Survival(Part):
 
     name, kind = "survival", "draft-length"
     needs = frozenset({Cap.STEP_TIMES})
-    regime = "The default: never much slower than no drafts, at any batch size."
+    regime = (
+        "The default: gives drafts up where they do not pay. Loses to the best fixed length where "
+        "that is known, and on machines whose steps vary by more than drafts gain."
+    )
 
     def __init__(self) -> None:
         self._share: dict[SeqId, float] = {}
@@ -44,6 +64,8 @@ class Survival(Part):
         self._tried = 0  # rounds with drafts since the last rest
         self._round = 0
         self._least = 0.0  # survival below which a token costs more than it brings
+        self._plain = 0.0  # the step without drafts, of the round under way [s]
+        self._made = _Made()
 
     def rests(self) -> bool:
         """After drafts did not pay, and now and then to time the plain step."""
@@ -60,15 +82,28 @@ class Survival(Part):
         if round_.costs.step(rows) == 0.0:
             return none
         if self._tried < LEARN:
-            length = 1 + self._tried % LONGEST_TRIAL
-            return [min(length, room) for room in round_.room]
+            return self._trial(round_)
         lengths, ratio = self._best(round_, rows)
         if ratio >= PAYS:
-            self._pause = FIRST_PAUSE
+            self._plain = round_.costs.step(rows)
             return lengths
+        self._rest()
+        return none
+
+    def _trial(self, round_: Round) -> list[int]:
+        """Drafts of 1 to `LONGEST_TRIAL` tokens for a few sequences, in turn."""
+        n, length = len(round_.room), 1 + self._tried % LONGEST_TRIAL
+        some = max(1, n // TRIED_SHARE)
+        first = self._tried * some
+        lengths = [0] * n
+        for place in range(first, first + some):
+            lengths[place % n] = min(length, round_.room[place % n])
+        return lengths
+
+    def _rest(self) -> None:
         self._resting, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
         self._tried = LEARN - 2  # two rounds of drafts before the next judgement
-        return none
+        self._made = _Made()
 
     def goes_on(self, confidence: Sequence[float]) -> bool:
         """While what has been drafted is likely enough to stand."""
@@ -90,6 +125,24 @@ class Survival(Part):
             self._share[one.seq] = weight * self._of(one.seq) + (1 - weight) * share
             self._all = weight * self._all + (1 - weight) * share
         self._tried += drafted
+        if drafted and self._plain:
+            self._judge(records, step + draft)
+
+    def _judge(self, records: Sequence[Verified], seconds: float) -> None:
+        """Whether the last rounds with drafts were worth it."""
+        made = self._made
+        made.rounds += 1
+        made.plain_tokens += len(records)
+        made.tokens += sum(one.accepted + 1 for one in records)
+        made.plain_seconds += self._plain
+        made.seconds += seconds
+        self._plain = 0.0
+        gain = made.tokens / made.plain_tokens * made.plain_seconds / made.seconds
+        hopeless = made.rounds >= HOPELESS[1] and gain < HOPELESS[0]
+        if hopeless or (made.rounds >= JUDGE and gain < 1.0):
+            self._rest()
+        elif made.rounds >= JUDGE:
+            self._pause, self._made = FIRST_PAUSE, _Made()
 
     def forget(self, seq: SeqId) -> None:
         """Drop what is known of it."""
