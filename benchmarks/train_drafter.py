@@ -18,10 +18,13 @@ from typing import Any
 import torch
 
 from kvarn.bench import record
+from kvarn.core.config import resolve
 from kvarn.models.gguf import GGUFWeights, spec_from_gguf
-from kvarn.models.load import locate
+from kvarn.models.load import load, locate
 from kvarn.speculate.train import corpus
+from kvarn.speculate.train.acceptance import measure
 from kvarn.speculate.train.drafter import Schedule, Trained, train
+from kvarn.speculate.train.load import load_drafter
 from kvarn.speculate.train.network import from_target, save
 
 TARGET = "smollm2-135m"
@@ -88,6 +91,39 @@ def train_drafter(args: argparse.Namespace) -> None:
     save(network, args.folder, about)
 
 
+def measure_drafter(args: argparse.Namespace) -> None:
+    """Acceptance of chains of 1 to 8 drafts on held-out topics, greedy and at temperature 1."""
+    target = load(resolve({"model": TARGET}))
+    drafter = load_drafter(args.folder, target)
+    rows = []
+    for name, heat in HELD_OUT.items():
+        samples = corpus.read(args.work / name)
+        found = measure(target.decoder, drafter, samples, greedy=heat == 0)
+        rows.append(
+            {
+                "text": name,
+                "temperature": heat,
+                "sequences": len(samples),
+                "chains": found.chains,
+                "acceptance_by_position": found.by_position,
+                "survival": found.survival,
+                "tokens_per_round": [1 + sum(found.survival[:k]) for k in range(1, 9)],
+                "overlap": found.overlap,
+            }
+        )
+        print(json.dumps(rows[-1], indent=1))
+    trained = json.loads((args.folder / "config.json").read_text())["trained"]
+    config = {
+        "target": TARGET,
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "drafter_bytes": drafter.weight_bytes,
+        "trained": trained,
+    }
+    workload = {"held_out_topics": corpus.items(corpus.HELD_OUT_TOPICS), "longest": 8}
+    result = record.header("drafter", workload, config) | {"rows": rows}
+    record.write(result, args.json)
+
+
 def main() -> None:
     """One stage."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -102,7 +138,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=3.0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    stages: dict[str, Any] = {"corpus": write_corpus, "train": train_drafter}
+    stages: dict[str, Any] = {
+        "corpus": write_corpus,
+        "train": train_drafter,
+        "measure": measure_drafter,
+    }
     stages[args.stage](args)
 
 

@@ -56,7 +56,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "list": tuple(_list(i) for i in range(len(QUESTIONS))),
     "talk": QUESTIONS,
 }
-OUTPUT, REPEATS = 64, 3  #: tokens of an answer; runs, of other texts each, that are summed up
+OUTPUT, REPEATS = 64, 2  #: tokens of an answer; runs, of other texts each, that are summed up
 BATCHES = (1, 4)
 Setting = dict[str, Any]
 

@@ -1,6 +1,7 @@
 """The drafting model of an engine: loaded beside the target, with pages and a runner of its own."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,8 @@ from kvarn.models.load import Model, load
 from kvarn.runner.factory import RunnerFactory
 from kvarn.runner.sampler import Sampler
 from kvarn.speculate.propose.draft_model import DraftModel
+from kvarn.speculate.train.load import load_drafter as load_shared
+from kvarn.speculate.train.load import shares_embedding, shipped
 
 
 @dataclass(slots=True)
@@ -49,14 +52,27 @@ class Drafter:
         return DraftModel(runner, kv, config.budget, config.max_seqs)
 
 
+def _sharing(config: EngineConfig, folder: Path, target: Model) -> Drafter:
+    """A drafter that was trained for the target, and uses its embedding and output matrix."""
+    kind: Any = config.quantization if config.quantization in ("int8", "int4") else "none"
+    decoder = load_shared(folder, target, quantization=kind, deterministic=config.deterministic)
+    model = replace(target, spec=decoder.spec, decoder=decoder, source=str(folder))
+    model.weight_bytes = decoder.weight_bytes
+    return Drafter(model, decoder.spec.groups())
+
+
 def load_drafter(resolved: Resolved, target: Model) -> Drafter:
     """The model that `draft_model` names, in the target's format; vocabularies agree."""
     config = resolved.config
-    if not config.draft_model:
+    folder = Path(config.draft_model) if config.draft_model else shipped(config.model)
+    if folder is None:
         raise ConfigError(
             f"speculate={config.speculate} needs draft_model: the name or folder of a small model "
             f"with the vocabulary of {target.spec.name}"
         )
+    if shares_embedding(folder):
+        resolved.choose("draft_model", str(folder), "derived", "it was trained for this model")
+        return _sharing(config, folder, target)
     options = replace(config, model=config.draft_model, max_len=0, tp=1)
     own = Resolved(options, {name: Origin("derived") for name in resolved.origins})
     model = load(own)

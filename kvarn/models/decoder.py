@@ -16,6 +16,7 @@ from kvarn.kernels.attention import Rotary
 from kvarn.kernels.attention.paged import PagedAttend
 from kvarn.kernels.collective import ALONE, Collective
 from kvarn.kernels.linear import Mode
+from kvarn.kernels.linear.base import Linear
 from kvarn.kernels.norm import add_rms_norm, rms_norm
 from kvarn.models.native_forward import NativeForward, obstacle
 from kvarn.models.points import WHOLE_MODEL, Tap
@@ -40,8 +41,11 @@ class Decoder:
         mode: Mode = "plain",
         max_len: int | None = None,
         group: Collective = ALONE,
+        share: "Decoder | None" = None,
     ) -> None:
         """Read every tensor from `weights`; `max_len` bounds the positions [tokens].
+
+        The embedding and the output matrix are those of `share` where it is given, not copies.
 
         In a group of ranks, this rank's part of them: `self.spec` is then the shape of that part.
         """
@@ -50,12 +54,15 @@ class Decoder:
         self.device = torch.device(device)
         reader = Reader(spec, weights, dtype, self.device, mode, group)
         self.spec = local_spec(spec, reader.mine)
-        self.embed = reader.tensor("embed_tokens.weight", spec.vocab, spec.hidden)
+        if share is None:
+            self.embed = reader.tensor("embed_tokens.weight", spec.vocab, spec.hidden)
+        else:
+            self.embed = share.embed
         # in the embedding's own dtype, as the families that scale were trained
         self.embed_scale = torch.tensor(spec.embed_scale, dtype=dtype).item()
         self.layers = [reader.layer(i) for i in range(spec.n_layers)]
         self.norm = reader.norm("norm.weight", spec.hidden)
-        self.head = reader.head(self.embed)
+        self.head: Linear = reader.head(self.embed) if share is None else share.head
         self.ropes = self._ropes(max_len or spec.max_len)
         self.weight_bytes = reader.n_bytes
         self.forms = reader.forms  #: matrices by the form that multiplies by them

@@ -38,7 +38,9 @@ class NGram(Part):
     def __init__(self, n_min: int = 2, n_max: int = 4, window: int = 65536) -> None:
         """`window`: latest positions of a sequence that are indexed, the bound on its memory."""
         if not 1 <= n_min <= n_max:
-            raise ConfigError(f"n-grams of {n_min} to {n_max} tokens; 1 <= n_min <= n_max must hold")
+            raise ConfigError(
+                f"n-grams of {n_min} to {n_max} tokens; 1 <= n_min <= n_max must hold"
+            )
         if window < n_max:
             raise ConfigError(f"an n-gram window of {window} tokens; at least n_max = {n_max}")
         self.n_min, self.n_max, self.window = n_min, n_max, window

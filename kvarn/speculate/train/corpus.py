@@ -22,19 +22,20 @@ from kvarn.core.request import SamplingParams
 TOP = 20  #: alternatives kept with each token: as many as a request may ask for
 
 TOPICS = """
-volcanoes; the French Revolution; baking bread; black holes; bicycles; honey bees; chess; the Amazon
-river; jazz; vaccines; the Roman army; photosynthesis; credit cards; kangaroos; the moon landing;
-sailing; earthquakes; coffee; the printing press; solar panels; dinosaurs; the human heart; tennis;
-public libraries; glaciers; compound interest; whales; the Silk Road; gravity; gardening tomatoes;
-sleep; electric cars; owls; the Great Wall of China; poetry; antibiotics; trains; coral reefs; yoga;
-the Second World War; computer networks; chocolate; deserts; the violin; recycling; Mars; cats;
-inflation; the Vikings; rainbows; swimming; DNA; lighthouses; the Olympic Games; mushrooms; bridges;
-the water cycle; painting; dogs; ancient Egypt; time zones; robots; tea; the stock market; wolves;
-magnets; the brain; football; castles; plastic; thunderstorms; dolphins; steam engines; democracy;
-prime numbers; the piano; penguins; wind turbines; Shakespeare; nutrition; satellites; the Sahara;
-knitting; memory; oceans; budgets; elephants; telescopes; cheese; friendship; hurricanes; maps; ants;
-the Renaissance; running a marathon; batteries; forests; job interviews; pyramids; salt; the internet;
-butterflies; insulin; skiing; the Titanic; sound waves; rice; the Industrial Revolution; spiders;
+volcanoes; the French Revolution; baking bread; black holes; bicycles; honey bees; chess; the
+Amazon river; jazz; vaccines; the Roman army; photosynthesis; credit cards; kangaroos; the moon
+landing; sailing; earthquakes; coffee; the printing press; solar panels; dinosaurs; the human
+heart; tennis; public libraries; glaciers; compound interest; whales; the Silk Road; gravity;
+gardening tomatoes; sleep; electric cars; owls; the Great Wall of China; poetry; antibiotics;
+trains; coral reefs; yoga; the Second World War; computer networks; chocolate; deserts; the
+violin; recycling; Mars; cats; inflation; the Vikings; rainbows; swimming; DNA; lighthouses; the
+Olympic Games; mushrooms; bridges; the water cycle; painting; dogs; ancient Egypt; time zones;
+robots; tea; the stock market; wolves; magnets; the brain; football; castles; plastic;
+thunderstorms; dolphins; steam engines; democracy; prime numbers; the piano; penguins; wind
+turbines; Shakespeare; nutrition; satellites; the Sahara; knitting; memory; oceans; budgets;
+elephants; telescopes; cheese; friendship; hurricanes; maps; ants; the Renaissance; running a
+marathon; batteries; forests; job interviews; pyramids; salt; the internet; butterflies; insulin;
+skiing; the Titanic; sound waves; rice; the Industrial Revolution; spiders;
 """.replace("\n", " ")  # fmt: skip
 
 #: never trained on: what acceptance is measured with
@@ -44,38 +45,41 @@ origami; lightning; horses; taxes; comets; soap; the guitar; camels; voting; gla
 """.replace("\n", " ")
 
 QUESTIONS = """
-What is the most important thing to know about {}?; Explain {} to a ten-year-old.; Write a short story
-about {}.; Give me five facts about {}.; What are the advantages and disadvantages of {}?; Write a poem
-about {}.; Summarize the history of {} in one paragraph.; How does science explain {}?; I need to give a
-talk on {}. Can you write an outline?; What are common mistakes people make about {}?; Write an email to a
-colleague about {}.; Why do people care about {}?; Describe {} in three sentences.; Make a list of ten
-words related to {}.; Write a dialogue between two friends about {}.; What would happen without {}?;
-Compare {} with something similar.; Write a Python function that has something to do with {}.; Create a
-quiz with three questions about {}.; What books would you recommend about {}?; How did {} change the
-world?; Tell me a joke about {}.; Write a product description related to {}.; How can I learn more about
-{}?; Write a news article about {}.; Please rewrite this more formally: "{} is really cool and everybody
-should know it."; Plan a week of activities around {}.; Which jobs have to do with {}?
+What is the most important thing to know about {}?; Explain {} to a ten-year-old.; Write a short
+story about {}.; Give me five facts about {}.; What are the advantages and disadvantages of {}?;
+Write a poem about {}.; Summarize the history of {} in one paragraph.; How does science explain
+{}?; I need to give a talk on {}. Can you write an outline?; What are common mistakes people make
+about {}?; Write an email to a colleague about {}.; Why do people care about {}?; Describe {} in
+three sentences.; Make a list of ten words related to {}.; Write a dialogue between two friends
+about {}.; What would happen without {}?; Compare {} with something similar.; Write a Python
+function that has something to do with {}.; Create a quiz with three questions about {}.; What
+books would you recommend about {}?; How did {} change the world?; Tell me a joke about {}.; Write
+a product description related to {}.; How can I learn more about {}?; Write a news article about
+{}.; Please rewrite this more formally: "{} is really cool and everybody should know it."; Plan a
+week of activities around {}.; Which jobs have to do with {}?
 """.replace("\n", " ")  # fmt: skip
 
 BEGINNINGS = """
-The most surprising thing about {} is; Chapter 1. It all began with {}.; Once upon a time, in a village
-where everybody talked about {},; {} is; In this article we will look at {}.; A brief introduction to {}:;
-Abstract. We study {} and show that; Q: What is known about {}? A:; Ten reasons to love {}: 1.; Dear
-diary, today I learned about {}.; The teacher asked the class about {}, and; # Notes on {}
-""".replace("\n", " ").replace("# ", "# ")  # fmt: skip
+The most surprising thing about {} is; Chapter 1. It all began with {}.; Once upon a time, in a
+village where everybody talked about {},; {} is; In this article we will look at {}.; A brief
+introduction to {}:; Abstract. We study {} and show that; Q: What is known about {}? A:; Ten
+reasons to love {}: 1.; Dear diary, today I learned about {}.; The teacher asked the class about
+{}, and; # Notes on {}
+""".replace("\n", " ")  # fmt: skip
 
 #: temperature -> share of the sequences; some are greedy, since many requests are
 TEMPERATURES = {1.0: 0.55, 0.8: 0.25, 0.0: 0.20}
 
 
-def _items(text: str) -> list[str]:
+def items(text: str) -> list[str]:
+    """The entries of a list in one string, parted by semicolons."""
     return [item.strip() for item in text.split(";") if item.strip()]
 
 
 def prompts(held_out: bool, seed: int) -> Iterator[tuple[bool, str]]:
     """Endless (is a chat message, text), in a random order; every pair once before any twice."""
-    topics = _items(HELD_OUT_TOPICS if held_out else TOPICS)
-    forms = [(True, q) for q in _items(QUESTIONS)] + [(False, b) for b in _items(BEGINNINGS)]
+    topics = items(HELD_OUT_TOPICS if held_out else TOPICS)
+    forms = [(True, q) for q in items(QUESTIONS)] + [(False, b) for b in items(BEGINNINGS)]
     pairs = [(chat, form, topic) for chat, form in forms for topic in topics]
     rng = Random(seed)
     while True:

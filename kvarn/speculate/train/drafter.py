@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,10 @@ def train(
         raise ConfigError("there is no sample to train on")
     matrices = [p for p in network.parameters() if p.dim() > 1]
     norms = [p for p in network.parameters() if p.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": how.decay}, {"params": norms}]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": how.decay},
+        {"params": norms},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=how.rate, betas=(0.9, 0.95), weight_decay=0.0)
     n_steps = max(1, round(how.epochs * len(samples) / how.batch))
     generator = torch.Generator().manual_seed(how.seed)
@@ -69,7 +73,7 @@ def train(
         with torch.autocast("cpu", torch.bfloat16, enabled=_fast_bf16()):
             loss = distillation_loss(network, table, batch, how.others, generator)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         clip_grad_norm_(network.parameters(), how.clip)
         optimizer.step()
         done.steps += 1
@@ -127,14 +131,15 @@ def distillation_loss(
         [states[i, s.prompt - 1 : s.prompt - 1 + len(s.top)] for i, s in enumerate(batch)]
     )
     labels = torch.cat([sample.top for sample in batch])
-    named, places = labels.unique(return_inverse=True)
+    named, places = torch.unique(labels, return_inverse=True)
     rest = torch.ones(network.spec.vocab, dtype=torch.bool)
     rest[named] = False
     unnamed = rest.nonzero().squeeze(1)
     drawn = unnamed[torch.randperm(len(unnamed), generator=generator)[:others]]
     logits = (wanted.to(table.dtype) @ table[torch.cat((named, drawn))].T).float()
     weight = torch.zeros(logits.shape[1])
-    weight[len(named) :] = math.log(len(unnamed) / max(1, len(drawn)))
+    if len(drawn):
+        weight[len(named) :] = math.log(len(unnamed) / len(drawn))
     chosen = logits.gather(1, places) - (logits + weight).logsumexp(1, keepdim=True)
     return divergence(torch.cat([sample.logprobs for sample in batch]), chosen).mean()
 

@@ -1,0 +1,69 @@
+"""Load a drafter: its own layers from a folder, embedding and output matrix from the target."""
+
+from importlib.resources import files
+from pathlib import Path
+
+from kvarn.core.config import EngineConfig
+from kvarn.core.errors import ConfigError
+from kvarn.models.decoder import Decoder
+from kvarn.models.hf_config import spec_from_config
+from kvarn.models.json_file import read_json
+from kvarn.models.load import Model
+from kvarn.models.precision import linear_mode
+from kvarn.models.pull import ALIASES
+from kvarn.models.quantized.convert import Converted, Kind
+from kvarn.models.safetensors_file import SafetensorsWeights
+
+
+def shipped(name: str) -> Path | None:
+    """The folder of the drafter that comes with kvarn for the model called `name`, or None."""
+    if name.lower() not in ALIASES:
+        return None
+    folder = Path(str(files("kvarn"))) / "speculate" / "drafters" / "smollm2-135m"
+    return folder if folder.is_dir() else None
+
+
+def shares_embedding(folder: Path) -> bool:
+    """Whether `folder` holds a drafter that takes its embedding from its target."""
+    path = folder / "config.json"
+    return path.is_file() and read_json(path).get("embedding") == "target"
+
+
+def load_drafter(
+    folder: Path, target: Model, *, quantization: Kind = "none", deterministic: bool = False
+) -> Decoder:
+    """The drafter in `folder` (as `network.save` writes it) for a target that is loaded.
+
+    It shares the target's embedding and output matrix, quantised if the target's is, and lives on
+    its device in its dtype; `quantization` is of its own layers. Raises `ConfigError` where the
+    folder is no such drafter or the two do not fit, `ModelError` for broken files.
+    """
+    config = read_json(folder / "config.json")
+    if config.get("embedding") != "target":
+        raise ConfigError(
+            f"{folder} is a model of its own: its config.json does not say "
+            f'"embedding": "target"; load it as any other model'
+        )
+    spec, theirs = spec_from_config(config, folder.name), target.spec
+    for what, own, needed in (
+        ("a vocabulary", spec.vocab, theirs.vocab),
+        ("a hidden size", spec.hidden, theirs.hidden),
+        ("an embedding scale", spec.embed_scale, theirs.embed_scale),
+        ("a logit cap", spec.logit_softcap, theirs.logit_softcap),
+    ):
+        if own != needed:
+            raise ConfigError(
+                f"the drafter in {folder} has {what} of {own}, but {theirs.name} of {needed}; it "
+                f"shares the target's embedding, so it works only with the model it was made from"
+            )
+    mode = linear_mode(EngineConfig(deterministic=deterministic), target.device, target.dtype, spec)
+    return Decoder(
+        spec,
+        Converted(SafetensorsWeights(folder), quantization, target.device),
+        dtype=target.dtype,
+        device=target.device,
+        mode=mode,
+        max_len=len(next(iter(target.decoder.ropes.values())).cos),
+        group=target.decoder.group,
+        share=target.decoder,
+    )
