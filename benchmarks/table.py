@@ -314,6 +314,39 @@ def sim_validation(result: dict[str, Any]) -> Lines:
     ]
 
 
+def speculation_batches(result: dict[str, Any]) -> Lines:
+    """Synthetic acceptance against batch size."""
+    batches = list(dict.fromkeys(row["batch"] for row in result["results"]))
+    kinds = list(dict.fromkeys(row["kind"] for row in result["results"]))
+    ratio = {(row["kind"], row["batch"]): row["ratio"] for row in result["results"]}
+    rows = [[kind, *(ratio.get((kind, batch)) for batch in batches)] for kind in kinds]
+    return [
+        f"{result['config']['model']}, random weights, **synthetic acceptance** (each draft accepted "
+        "with the probability named) and drafts that cost nothing: output rate over that without "
+        "speculation in the same run, by batch size.",
+        "",
+        *table(["kind", *map(str, batches)], rows),
+    ]
+
+
+def reproduce(result: dict[str, Any]) -> Lines:
+    """A technique beside plain decoding and fixed lengths, on real text."""
+    found = {(row["setting"], row["text"], row["batch"]): row for row in result["results"]}
+    settings = list(dict.fromkeys(row["setting"] for row in result["results"]))
+    cases = list(dict.fromkeys((row["text"], row["batch"]) for row in result["results"]))
+    rows = [
+        [setting, *(f"{cell(found[setting, *case]['ratio'])}" for case in cases)]
+        for setting in settings
+    ]
+    return [
+        f"`kvarn reproduce {result['experiment']}`: {result['config']['model']}, greedy, "
+        f"{result['workload']['output']} tokens an answer; output rate over plain decoding, by kind "
+        "of text and batch size. All settings gave the same tokens.",
+        "",
+        *table(["setting", *(f"{text} x{batch}" for text, batch in cases)], rows),
+    ]
+
+
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "cpu_peers": ("Engines side by side on a CPU", cpu_peers),
     "offline": ("The engine without a server", offline),
@@ -323,6 +356,8 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "perplexity": ("What a number format costs", perplexity),
     "gpu_engines": ("Engines side by side on a GPU", gpu_engines),
     "gpu_attention": ("Attention alone on a GPU", gpu_attention),
+    "speculation_batches": ("Speculation against batch size", speculation_batches),
+    "reproduce": ("Speculation on real text", reproduce),
     "sim_routers": ("Routers in simulation", sim_routers),
     "policies": ("Routers in simulation, with error bars", policies),
     "sim_validation": ("Simulated and measured serving", sim_validation),

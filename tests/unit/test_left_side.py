@@ -11,7 +11,7 @@ LEFT = """
     import importlib.util, pathlib
     root = pathlib.Path(importlib.util.find_spec("kvarn").origin).parent
     left = ["core", "cost", "theory", "workload", "schedule", "kv/prefix", "kv/evict",
-            "cluster/router", "sim"]
+            "cluster/router", "sim", "speculate/length"]
     names = ["kvarn.kv.manager", "kvarn.kv.sizing", "kvarn.cluster.fleet", "kvarn.cluster.routing"]
     for folder in left:
         for file in sorted((root / folder).glob("*.py")):
