@@ -321,11 +321,27 @@ def speculation_batches(result: dict[str, Any]) -> Lines:
     ratio = {(row["kind"], row["batch"]): row["ratio"] for row in result["results"]}
     rows = [[kind, *(ratio.get((kind, batch)) for batch in batches)] for kind in kinds]
     return [
-        f"{result['config']['model']}, random weights, **synthetic acceptance** (each draft accepted "
-        "with the probability named) and drafts that cost nothing: output rate over that without "
+        f"{result['config']['model']}, random weights, **synthetic acceptance** (each draft is "
+        "accepted with the probability named) and drafts that cost nothing: output rate over that without "
         "speculation in the same run, by batch size.",
         "",
         *table(["kind", *map(str, batches)], rows),
+    ]
+
+
+def drafter(result: dict[str, Any]) -> Lines:
+    """How far a drafter's chains are accepted."""
+    rows = [
+        [row["text"], row["chains"], *row["survival"], row["tokens_per_round"][3]]
+        for row in result["rows"]
+    ]
+    names = ["held-out text", "chains", *(f"first {k} stand" for k in range(1, 9))]
+    return [
+        f"The drafter of {result['config']['target']}: share of chains of which the first k tokens "
+        "are accepted (greedy: equal to the target's; sampled: by rejection sampling), and tokens a "
+        "round with 4 drafts.",
+        "",
+        *table([*names, "tokens with 4"], rows),
     ]
 
 
@@ -340,8 +356,8 @@ def reproduce(result: dict[str, Any]) -> Lines:
     ]
     return [
         f"`kvarn reproduce {result['experiment']}`: {result['config']['model']}, greedy, "
-        f"{result['workload']['output']} tokens an answer; output rate over plain decoding, by kind "
-        "of text and batch size. All settings gave the same tokens.",
+        f"{result['workload']['output']} tokens an answer; output rate over plain decoding, by "
+        "kind of text and batch size. All settings gave the same tokens.",
         "",
         *table(["setting", *(f"{text} x{batch}" for text, batch in cases)], rows),
     ]
@@ -357,6 +373,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "gpu_engines": ("Engines side by side on a GPU", gpu_engines),
     "gpu_attention": ("Attention alone on a GPU", gpu_attention),
     "speculation_batches": ("Speculation against batch size", speculation_batches),
+    "drafter": ("The drafter of SmolLM2", drafter),
     "reproduce": ("Speculation on real text", reproduce),
     "sim_routers": ("Routers in simulation", sim_routers),
     "policies": ("Routers in simulation, with error bars", policies),
