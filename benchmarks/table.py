@@ -322,8 +322,8 @@ def speculation_batches(result: dict[str, Any]) -> Lines:
     rows = [[kind, *(ratio.get((kind, batch)) for batch in batches)] for kind in kinds]
     return [
         f"{result['config']['model']}, random weights, **synthetic acceptance** (each draft is "
-        "accepted with the probability named) and drafts that cost nothing: output rate over that without "
-        "speculation in the same run, by batch size.",
+        "accepted with the probability named) and drafts that cost nothing: output rate over that "
+        "without speculation in the same run, by batch size.",
         "",
         *table(["kind", *map(str, batches)], rows),
     ]
@@ -337,9 +337,9 @@ def drafter(result: dict[str, Any]) -> Lines:
     ]
     names = ["held-out text", "chains", *(f"first {k} stand" for k in range(1, 9))]
     return [
-        f"The drafter of {result['config']['target']}: share of chains of which the first k tokens "
-        "are accepted (greedy: equal to the target's; sampled: by rejection sampling), and tokens a "
-        "round with 4 drafts.",
+        f"The drafter of {result['config']['target']}: share of chains of which the first k "
+        "tokens are accepted (greedy: equal to the target's; sampled: by rejection sampling), and "
+        "tokens a round with 4 drafts.",
         "",
         *table([*names, "tokens with 4"], rows),
     ]
