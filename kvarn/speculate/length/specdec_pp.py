@@ -2,9 +2,10 @@
 
 A draft goes on while the probability that any of its tokens is rejected stays below a threshold.
 With c1 the cost of a token that is discarded and c2 that of one more verification, stopping is
-right from c2 / (c1 + c2) on (the paper's theorem, the future of both prefixes being alike).
-The paper tunes one number; here both costs are the measured ones, and the threshold lies between
-`LEAST` and `GREATEST`. In a batch a discarded token also costs its row of the step that judges it.
+right from c2 / (c1 + c2) on (the paper's theorem with no difference in the future of the two
+prefixes). The paper tunes one number; here both costs are the measured ones, and the threshold lies
+between `LEAST` and `GREATEST`. In a batch a discarded token also costs its row of the step that
+judges it.
 
 The probability of a token is the proposer's own confidence. The paper trains a head for it; a
 proposer that has one reports that instead.

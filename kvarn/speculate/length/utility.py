@@ -180,25 +180,18 @@ def _climb(trials: Sequence[tuple[int, float]]) -> int | None:
     """The length to try after these (length, utility); None: the test ends.
 
     Below 1 the length is halved (the paper lowers it by some step), so that a test that fails costs
-    two trials. Above, it goes on in the direction in which utility has risen, by 1.
+    two trials. Above, it is a neighbour of the best so far, the longer one first.
     """
     length, utility = trials[-1]
     tried = {one for one, _ in trials}
     if len(trials) == TRIALS or (length == 1 and utility < 1.0):
         return None
-    if utility < 1.0:
-        following = length // 2
-    elif len(trials) == 1:
-        following = length + 1 if length < MOST else length - 1
-    else:
-        before, was = trials[-2]
-        if abs(utility - was) <= ALIKE * was:
-            return None
-        up = (length > before) == (utility > was)
-        following = length + 1 if up else length - 1
-        if following < 1:
-            following = length + 1  # lengths between were jumped over
-    return following if 1 <= following <= MOST and following not in tried else None
+    if all(found < 1.0 for _, found in trials):
+        return length // 2
+    if len(trials) > 1 and abs(utility - trials[-2][1]) <= ALIKE * trials[-2][1]:
+        return None
+    best, _ = max(trials, key=lambda trial: trial[1])
+    return next((k for k in (best + 1, best - 1) if 1 <= k <= MOST and k not in tried), None)
 
 
 @dataclass(slots=True)
