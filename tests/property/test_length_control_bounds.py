@@ -27,12 +27,13 @@ class Times:
         return self.token * most
 
 
-seconds = st.sampled_from([0.0, 1e-4, 1e-2, 1.0])
+seconds = st.sampled_from([0.0, 1e-4, 1e-2, 1.0])  # 0: not known yet
+taken = st.sampled_from([1e-4, 1e-2, 1.0])
 costs = st.builds(Times, seconds, seconds, seconds)
 #: of a round: who takes part and how much room there is, costs, share accepted, seconds it took
 rounds = st.tuples(
     st.dictionaries(st.integers(0, 11), st.integers(1, 40), min_size=1), costs,
-    st.floats(0, 1), seconds, st.integers(0, 300),
+    st.floats(0, 1), taken, st.integers(0, 300),
 )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ MOST = 7  #: longest draft (paper) [tokens]
 FIRST = 3  #: length that the first test begins with (ours) [tokens]
 ALIKE = 0.10  #: a change of utility that ends a test (paper)
 TESTERS = 10  #: one in so many sequences tests at once (ours)
+SHORTEST = 0.1  #: slice that a round counts as at least: a time that is shorter is an error (ours)
 REFRESH = 100  #: rounds after which one without drafts times the plain step again (paper)
 
 
@@ -130,7 +131,7 @@ class Utility(Part):
             trial = state.trials[-1]
             trial.seen += 1
             trial.tokens += one.accepted + 1
-            trial.slices += max(0.0, 1.0 + added * one.drafted / drafted)
+            trial.slices += max(SHORTEST, 1.0 + added * one.drafted / drafted)
         if n > 1:
             tokens = n + sum(one.accepted for one in records)
             self._idle = max(self._idle, self._gate.closed_for(tokens, n + added))
