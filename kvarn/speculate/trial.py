@@ -2,7 +2,7 @@
 
 A stream says of every position whether a draft that reaches it would be accepted there; a round at
 position t with k drafts brings the accepted ones and one token more. All streams run in one batch
-from their first round to their last. The control sees what it sees in an engine: costs learnt from
+of constant size. The control sees what it sees in an engine: costs learnt from
 the steps that were made, and records of those that judged drafts.
 """
 
@@ -59,12 +59,12 @@ class Roofline:
 class Played:
     """What a control made of the streams."""
 
+    plain_seconds: float  #: of the same tokens without drafts
     seconds: float = 0.0
-    plain_seconds: float = 0.0  #: without drafts
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
-    #: by round: (tokens asked for, accepted) of the first stream; (0, 0): it was not drafted for
+    #: by round: (tokens drafted, accepted) of the first stream
     first: list[tuple[int, int]] = field(default_factory=list)
 
     @property
@@ -74,34 +74,45 @@ class Played:
 
 
 def play(control: LengthControl, streams: Sequence[Stream], times: Costs, most: int = 16) -> Played:
-    """Run the streams to their ends; the control learns the times as an engine would."""
-    seqs = [Seq(i, Request(str(i), [0]), 0, [0], 0, (0, i)) for i in range(len(streams))]
-    at, costs, played = [0] * len(streams), Measured(), Played()
-    for steps in range(max((len(one.accepted) for one in streams), default=0)):
-        left = sum(1 for one in streams if len(one.accepted) > steps)
-        played.plain_seconds += times.step(left)
-    while live := [i for i, one in enumerate(streams) if at[i] < len(one.accepted)]:
-        lengths = [0] * len(live)
-        if not control.rests():
-            room = [min(most, len(streams[i].accepted) - at[i] - 1) for i in live]
-            can = [place for place, tokens in enumerate(room) if tokens > 0]
-            if can:
-                round_ = Round(
-                    [seqs[live[p]] for p in can], [room[p] for p in can], len(live) - len(can),
-                    costs,
-                )  # fmt: skip
-                for place, asked in zip(can, control.plan(round_), strict=True):
-                    lengths[place] = min(asked, room[place])
+    """As many tokens as the streams hold; the control learns the times as an engine would.
+
+    The batch stays full: a stream that ends begins again, as another sequence.
+    """
+    n, tokens = len(streams), sum(len(one.accepted) for one in streams)
+    seqs = [_sequence(i) for i in range(n)]
+    at, costs, played = [0] * n, Measured(), Played(tokens / n * times.step(n))
+    while played.rounds * n + played.accepted < tokens:
+        left = [len(one.accepted) - position for one, position in zip(streams, at, strict=True)]
+        lengths = _planned(control, seqs, [min(most, one - 1) for one in left], costs)
         records = [
-            _judged(i, streams[i], at[i], length, control)
-            for i, length in zip(live, lengths, strict=True)
+            _judged(seq.id, stream, position, length, control)
+            for seq, stream, position, length in zip(seqs, streams, at, lengths, strict=True)
         ]
         _account(played, control, records, times, costs)
-        for record in records:
-            at[record.seq] += record.accepted + 1
-            if at[record.seq] >= len(streams[record.seq].accepted):
+        for i, record in enumerate(records):
+            at[i] += record.accepted + 1
+            if at[i] >= len(streams[i].accepted):
                 control.forget(record.seq)
+                seqs[i], at[i] = _sequence(record.seq + n), 0
     return played
+
+
+def _sequence(number: int) -> Seq:
+    return Seq(number, Request(str(number), [0]), 0, [0], 0, (0, number))
+
+
+def _planned(
+    control: LengthControl, seqs: Sequence[Seq], room: Sequence[int], costs: Costs
+) -> list[int]:
+    """What the control asks for, for those that have room."""
+    lengths = [0] * len(seqs)
+    can = [i for i, most in enumerate(room) if most > 0]
+    if control.rests() or not can:
+        return lengths
+    round_ = Round([seqs[i] for i in can], [room[i] for i in can], len(seqs) - len(can), costs)
+    for i, asked in zip(can, control.plan(round_), strict=True):
+        lengths[i] = min(asked, room[i])
+    return lengths
 
 
 def _judged(seq: int, stream: Stream, at: int, length: int, control: LengthControl) -> Verified:
@@ -133,6 +144,4 @@ def _account(
     played.rounds += 1
     played.drafted += drafted
     played.accepted += sum(one.accepted for one in records)
-    first = next((one for one in records if one.seq == 0), None)
-    if first is not None:
-        played.first.append((first.drafted, first.accepted))
+    played.first.append((records[0].drafted, records[0].accepted))
