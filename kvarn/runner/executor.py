@@ -24,6 +24,7 @@ from kvarn.runner.pieces import Pieces
 from kvarn.runner.pool import KVPool
 from kvarn.runner.sampler import Sampler, sample_on_gpu
 from kvarn.runner.state import DeviceState
+from kvarn.runner.verify import Drafted, drawn
 
 
 class Pending(Protocol):
@@ -201,7 +202,9 @@ class Runner:
     def _choose(self, batch: Batch, logits: Tensor, step: InFlight) -> None:
         """The next token of every row of the logits [R, V], on the device if nobody has to see."""
         rows, lengths = batch.rows[batch.logits_spans], batch.lengths
-        if self.state is not None and self.sampler.plain(rows):
+        drafted = self._drafted(batch, logits.shape[1]) if batch.drafts else None
+        alone = drafted is None or drafted.drawn is None
+        if self.state is not None and alone and self.sampler.plain(rows):
             arrays = self.sampler.parameters(rows, lengths)
             names = [*arrays, "row"]
             uploaded = upload([*arrays.values(), rows], torch.int32, logits.device)
@@ -211,8 +214,13 @@ class Runner:
                 self.state.set_last(parameters["row"], tokens)
             step.fetch(tokens)
             return
-        sampled = self.sampler.sample(logits, rows, lengths, self.image.tokens)
+        sampled = self.sampler.sample(logits, rows, lengths, self.image.tokens, drafted)
         step.settle(sampled)
         if self.state is not None and not batch.drafts:
             chosen = np.array(sampled.tokens, np.int64)
             self.state.set_last(*upload([rows, chosen], torch.int32, logits.device))
+
+    def _drafted(self, batch: Batch, vocab: int) -> Drafted:
+        """What the sampler must know of the drafts."""
+        first = np.searchsorted(batch.logits_spans, np.arange(len(batch.rows))).tolist()
+        return Drafted(drawn(batch.drafts, first, vocab))

@@ -95,19 +95,19 @@ class InFlight:
             if first == end:
                 continue
             span = int(batch.spans[at])
-            fault = next((i for i in range(end - first) if first + i in faults), end - first)
+            faulty = {i for i in range(end - first) if first + i in faults}
             length = int(batch.lengths[first])
-            if fault == 0:
+            if 0 in faulty:
                 error = sampled.errors.get(first)
                 error = error or f"the model's logits at position {length} are not finite"
                 self.outcome.extras.setdefault(span, SpanResult()).error = error
                 continue
             row, chosen = int(batch.rows[at]), sampled.tokens[first:end]
             draft = batch.drafts[at] or Draft()
-            if self.acceptance and fault == len(chosen):
+            if self.acceptance and not faulty:
                 run = pretend(chosen, draft, self.acceptance, int(self.image.owner[row]), length)
             else:
-                run = walk(chosen, draft, fault)
+                run = walk(chosen, draft, faulty)
             self.image.commit(row, length, run.tokens)
             self.outcome.tokens[span] = run.tokens
             if first in sampled.logprobs:

@@ -28,6 +28,7 @@ from kvarn.runner.grammar import GrammarCompiler
 from kvarn.runner.logprobs import logprobs
 from kvarn.runner.rules import Position, Rules, apply, make_rules, needs_rules
 from kvarn.runner.uniform import sequence_key, uniform
+from kvarn.runner.verify import Drafted, Drawn, accept
 
 Ints = NDArray[np.int64]
 
@@ -37,6 +38,8 @@ COLDEST = 1e-30
 NO_GRAMMARS = (
     "structured output needs a tokenizer and an end-of-sequence token; this model lacks one"
 )
+
+NO_DRAFTS = Drafted()
 
 #: what is known of a device row, as one numpy record
 ROW = np.dtype(
@@ -130,20 +133,27 @@ class Sampler:
 
     @torch.inference_mode()
     def sample(
-        self, logits: Tensor, rows: Ints, lengths: Ints, tokens: NDArray[np.int32]
+        self,
+        logits: Tensor,
+        rows: Ints,
+        lengths: Ints,
+        tokens: NDArray[np.int32],
+        drafted: Drafted | None = None,
     ) -> Sampled:
         """Choose a token for each row of `logits` [R, V] (fp32; may be changed in place).
 
         Row r continues `tokens[rows[r], :lengths[r]]`; one device row may occur several times with
-        different lengths. Errors are of that row alone.
+        different lengths. Errors are of that row alone. `drafted`: rows whose choice falls among
+        drafts of known distribution, and rows of trees, which continue other tokens.
         """
+        drafted = drafted or NO_DRAFTS
         state = self._rows[rows]
         result = Sampled([])
         choose = self._choose_on_gpu if logits.is_cuda else self._choose
         raw = np.flatnonzero((state["logprobs"] >= 0) & state["raw"])
         untouched = logits[self._index(raw)] if raw.size else logits
-        self._apply_rules(logits, rows, lengths, tokens, state, result)
-        chosen = choose(logits, rows, lengths, state, result)
+        self._apply_rules(logits, rows, lengths, tokens, state, result, drafted.paths)
+        chosen = choose(logits, rows, lengths, state, result, drafted.drawn)
         result.tokens = chosen.tolist()
         if raw.size:
             _report(untouched, raw, chosen, state, result)
@@ -176,7 +186,13 @@ class Sampler:
         }
 
     def _choose_on_gpu(
-        self, logits: Tensor, rows: Ints, lengths: Ints, state: NDArray[np.void], result: Sampled
+        self,
+        logits: Tensor,
+        rows: Ints,
+        lengths: Ints,
+        state: NDArray[np.void],
+        result: Sampled,
+        drawn: Drawn | None,
     ) -> Ints:
         arrays = self.parameters(rows, lengths)
         parameters = dict(zip(arrays, upload(list(arrays.values()), torch.int32, logits.device)))
@@ -185,6 +201,11 @@ class Sampler:
         if lost.size:
             best = logits[self._index(lost)].amax(-1)
             self._find_faults(best, lost, rows, lengths, result)
+        if drawn is not None:
+            some = drawn.of(np.flatnonzero(state["temperature"][drawn.rows] > 0))
+            weights = logits[self._index(some.rows)]
+            self._weigh(weights, state[some.rows])
+            self._accept(weights, some, state, lengths, chosen)
         asked = np.flatnonzero((state["logprobs"] >= 0) & ~state["raw"])
         for warm in (False, True):
             some = asked[(state["temperature"][asked] > 0) == warm]
@@ -197,7 +218,13 @@ class Sampler:
         return chosen.astype(np.int64)
 
     def _choose(
-        self, logits: Tensor, rows: Ints, lengths: Ints, state: NDArray[np.void], result: Sampled
+        self,
+        logits: Tensor,
+        rows: Ints,
+        lengths: Ints,
+        state: NDArray[np.void],
+        result: Sampled,
+        drawn: Drawn | None,
     ) -> Ints:
         chosen = np.zeros(len(rows), np.int64)
         warm = state["temperature"] > 0
@@ -212,12 +239,24 @@ class Sampler:
                 picked, best = argmax(part)
             chosen[group] = picked.cpu().numpy()
             self._find_faults(best, group, rows, lengths, result)
+            if drawn is not None and warm[group[0]]:
+                some = drawn.of(np.flatnonzero(warm[drawn.rows]))
+                weights = part[self._index(np.searchsorted(group, some.rows))]
+                self._accept(weights, some, state, lengths, chosen)
             asked = np.flatnonzero((state["logprobs"][group] >= 0) & ~state["raw"][group])
             if asked.size:
                 scores = part[self._index(asked)]
                 scores = scores.log_() if warm[group[0]] else scores
                 _report(scores, group[asked], chosen, state, result)
         return chosen
+
+    def _accept(
+        self, weights: Tensor, drawn: Drawn, state: NDArray[np.void], lengths: Ints, chosen: Ints
+    ) -> None:
+        """Choose at the rows of `drawn` by acceptance; `weights` [N, V] as `_weigh` leaves them."""
+        at = drawn.rows
+        if at.size:
+            chosen[at] = accept(weights, drawn, state["key"][at], lengths[at]).cpu().numpy()
 
     def _index(self, numbers: Ints) -> Tensor:
         return upload([numbers], torch.int64, self._device)[0]
@@ -230,11 +269,16 @@ class Sampler:
         tokens: NDArray[np.int32],
         state: NDArray[np.void],
         result: Sampled,
+        paths: Mapping[int, tuple[int, list[int]]],
     ) -> None:
-        positions = [
-            Position(int(r), self._rules[int(rows[r])], tokens[rows[r], : lengths[r]])
-            for r in np.flatnonzero(state["ruled"])
-        ]
+        positions = []
+        for r in np.flatnonzero(state["ruled"]).tolist():
+            history = tokens[rows[r], : lengths[r]]
+            if r in paths:
+                start, path = paths[r]
+                history = history.copy()
+                history[start:] = path
+            positions.append(Position(r, self._rules[int(rows[r])], history))
         if positions:
             result.errors.update(apply(logits, positions))
 

@@ -32,6 +32,11 @@ def sequence_key(*parts: int) -> int:
     return int(key[0])
 
 
+def stream(keys: UInts, number: int) -> UInts:
+    """Keys [R] of other numbers for the same sequences; `number` 1 or more says which others."""
+    return _mix((keys ^ np.uint64(number)) + _GAMMA)
+
+
 def uniform(keys: UInts, positions: NDArray[np.int64]) -> NDArray[np.float64]:
     """One number in [0, 1) for each (key, position); 53 random bits. Both arrays are [R]."""
     state = _mix(keys + _GAMMA)
