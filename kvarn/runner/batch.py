@@ -1,7 +1,7 @@
 """From spans to arrays: the rows of a step, flattened, and their page lists by group."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,9 +9,11 @@ from numpy.typing import NDArray
 from kvarn.core.model import GroupSpec, ModelSpec
 from kvarn.core.plan import Draft, SeqId, Span
 from kvarn.kernels.attention import PagedRows
+from kvarn.kernels.attention.tree import Forest
 from kvarn.runner.image import Image
 from kvarn.runner.shared import neighbours, runs
 from kvarn.runner.state import DeviceState
+from kvarn.runner.trees import grow, is_tree
 
 Ints = NDArray[np.int64]
 ON_DEVICE = -1  #: a token whose value only the device knows yet
@@ -27,11 +29,12 @@ class Batch:
     ends: Ints  #: [S] position after each span's last
     row_of: Ints  #: [T] image row of each flattened row
     tokens: Ints  #: [T]; `ON_DEVICE` for the last token that a step in flight has sampled
-    positions: Ints  #: [T]
+    positions: Ints  #: [T]; of a tree's rows, by depth: they are stored one after the other
     groups: list[PagedRows]
     logits_at: Ints  #: flattened rows whose logits choose a token, in the order of the spans
     logits_spans: Ints  #: the spans they belong to, as indices of `rows`
     drafts: list[Draft | None]  #: [S] what the last rows of each span propose; []: nothing at all
+    forest: Forest | None = None  #: the trees among the drafts
 
     @property
     def decodes(self) -> bool:
@@ -75,7 +78,13 @@ def build(
     ends = start + length
     tokens = image.tokens[row_of, positions].astype(np.int64)
     tokens[positions >= image.filled[row_of]] = ON_DEVICE
+    proposed = [drafts.get(spans[i].seq) for i in order.tolist()] if drafts else []
     layout = _Layout(image, spec, rows, start, ends, indptr, row_of, positions, state, single)
+    trees = {s: draft for s, draft in enumerate(proposed) if draft is not None and is_tree(draft)}
+    forest = None
+    if trees:
+        layout = layout.apart(trees)
+        forest, positions = grow(trees, indptr, positions)
     judged = np.array([span.drafts for span in spans], np.int64)[order] + 1
     logits_at, logits_spans = _judged(indptr, np.where(wants, judged, 0))
     return Batch(
@@ -89,7 +98,8 @@ def build(
         groups=[layout.group(index, group) for index, group in enumerate(groups)],
         logits_at=logits_at,
         logits_spans=logits_spans,
-        drafts=[drafts.get(spans[i].seq) for i in order.tolist()] if drafts else [],
+        drafts=proposed,
+        forest=forest,
     )
 
 
@@ -114,6 +124,20 @@ class _Layout:
     positions: Ints
     state: DeviceState | None
     single: bool
+
+    def apart(self, trees: Mapping[int, Draft]) -> "_Layout":
+        """The same with a span for every row of the `trees`, by span: all of these end, and see
+        what is committed, where the last known token does."""
+        nodes = np.zeros(len(self.rows), np.int64)
+        nodes[list(trees)] = [len(draft.tokens) for draft in trees.values()]
+        spans = np.repeat(np.arange(len(self.rows)), nodes + 1)
+        own = _indptr(nodes + 1)[:-1]  # the span of the rows that are known
+        ends = (self.ends - nodes)[spans]
+        length = np.ones(len(spans), np.int64)
+        length[own] = self.ends - nodes - self.start
+        return replace(
+            self, rows=self.rows[spans], start=ends - length, ends=ends, indptr=_indptr(length)
+        )
 
     def group(self, index: int, group: GroupSpec) -> PagedRows:
         """The page lists of one group: from the first page that a span's first row can see."""

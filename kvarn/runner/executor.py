@@ -2,7 +2,7 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from kvarn.core.model import GroupSpec, ModelSpec
 from kvarn.core.plan import SeqStart, StepPlan, StepResult
-from kvarn.kernels.attention import AttentionBackend
+from kvarn.kernels.attention import AttentionBackend, PagedRows
 from kvarn.kernels.attention.paged import PagedAttend
+from kvarn.kernels.attention.tree import Forest, TreePlan
 from kvarn.kernels.upload import upload
 from kvarn.models.decoder import Decoder
 from kvarn.models.points import Tap
@@ -24,6 +25,7 @@ from kvarn.runner.pieces import Pieces
 from kvarn.runner.pool import KVPool
 from kvarn.runner.sampler import Sampler, sample_on_gpu
 from kvarn.runner.state import DeviceState
+from kvarn.runner.trees import is_tree, path, straightened
 from kvarn.runner.verify import Drafted, drawn
 
 
@@ -72,6 +74,7 @@ class Runner:
         graphs: Graphs | None = None,
         pieces: Pieces | None = None,
         acceptance: float = 0.0,
+        deterministic: bool = False,
     ) -> None:
         self.decoder = decoder
         self.spec: ModelSpec = decoder.spec
@@ -85,6 +88,8 @@ class Runner:
         self.graphs = graphs
         self.pieces = pieces
         self.acceptance = acceptance  #: synthetic, for measurements; 0: drafts are judged
+        #: whether trees are verified as such, not as chains
+        self.trees = not deterministic and all(group.window is None for group in groups)
         self.tap: Tap | None = None  #: sees every named point when set (eager research use)
         self._group_of = {layer: g for g, group in enumerate(groups) for layer in group.layers}
         self._flying: InFlight | None = None  # the step handed over last
@@ -111,8 +116,10 @@ class Runner:
     def _hand_over(self, plan: StepPlan) -> InFlight:
         if self.decoder.device.index is not None and self.decoder.device.type == "cuda":
             torch.cuda.set_device(self.decoder.device)  # the calling thread may have another
+        if plan.drafts and not self.trees:
+            plan = straightened(plan)
         outcome = StepResult(plan.step, [[] for _ in plan.spans])
-        step = InFlight(outcome, time.perf_counter(), self.image, self.acceptance)
+        step = InFlight(outcome, time.perf_counter(), self.image, self.pool, self.acceptance)
         before, self._flying = self._flying, step
         self._update(plan)
         if plan.spans:
@@ -180,18 +187,23 @@ class Runner:
 
     def _forward(self, batch: Batch) -> Tensor:
         """Final hidden states [T, hidden]."""
-        plans = [self.backend.plan(rows) for rows in batch.groups]
+        forest = batch.forest
+        if forest is None:
+            plans: list[Any] = [self.backend.plan(rows) for rows in batch.groups]
+        else:
+            plans = [self._tree_plan(rows, forest) for rows in batch.groups]
         attend = PagedAttend(
             [plans[self._group_of[layer]] for layer in range(self.spec.n_layers)],
             self.pool.cache,
-            takes_projection=self.state is not None,
+            takes_projection=self.state is not None and forest is None,
         )
         device = self.decoder.device
         if self.state is None:
             tokens, positions = upload([batch.tokens, batch.positions], torch.int64, device)
             return self.decoder.forward(tokens, positions, attend, self.tap)
-        if self.pieces is not None and self.tap is None and self.pieces.take(len(batch.tokens)):
-            return self.pieces.run(batch, attend)
+        pieces = None if forest is not None or self.tap is not None else self.pieces
+        if pieces is not None and pieces.take(len(batch.tokens)):
+            return pieces.run(batch, attend)
         from kvarn.kernels.triton.feed import feed
 
         arrays = [batch.tokens, batch.row_of, batch.positions]
@@ -223,4 +235,17 @@ class Runner:
     def _drafted(self, batch: Batch, vocab: int) -> Drafted:
         """What the sampler must know of the drafts."""
         first = np.searchsorted(batch.logits_spans, np.arange(len(batch.rows))).tolist()
-        return Drafted(drawn(batch.drafts, first, vocab))
+        found = Drafted(drawn(batch.drafts, first, vocab))
+        if batch.forest is None or not self.sampler.ruled(batch.rows):
+            return found
+        for base, draft in zip(first, batch.drafts):
+            if draft is not None and is_tree(draft):
+                start = int(batch.lengths[base])
+                for row in range(len(draft.tokens) + 1):
+                    found.paths[base + row] = (start, path(draft, row))
+        return found
+
+    def _tree_plan(self, rows: PagedRows, forest: Forest) -> TreePlan:
+        plain = self.backend.plan(rows, lse=True)
+        kind, device = self.pool.dtype, self.decoder.device
+        return TreePlan(plain, forest, rows.scale, rows.softcap, kind, device)

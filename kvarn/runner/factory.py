@@ -60,6 +60,7 @@ class RunnerFactory:
             graphs,
             pieces,
             config.synthetic_acceptance,
+            config.deterministic,
         )
 
     def workspace(self) -> int:

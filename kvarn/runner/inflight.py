@@ -11,6 +11,7 @@ from torch import Tensor
 from kvarn.core.plan import Draft, SpanResult, StepResult
 from kvarn.runner.batch import Batch
 from kvarn.runner.image import Image, Ints
+from kvarn.runner.pool import KVPool
 from kvarn.runner.sampler import Sampled
 from kvarn.runner.verify import pretend, walk
 
@@ -22,6 +23,7 @@ class InFlight:
     outcome: StepResult
     began: float  #: [s]
     image: Image
+    pool: KVPool
     acceptance: float = 0.0  #: not 0: drafts are accepted by chance, not by judgement
     batch: Batch | None = None
     owners: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -90,6 +92,7 @@ class InFlight:
         first position of its span, which is the sequence's error.
         """
         faults = {at for at, token in enumerate(sampled.tokens) if token < 0} | set(sampled.errors)
+        moves = list[tuple[int, int, int]]()  # KV of trees: image row, position, new position
         indptr = np.searchsorted(batch.logits_spans, np.arange(len(batch.rows) + 1)).tolist()
         for at, (first, end) in enumerate(pairwise(indptr)):
             if first == end:
@@ -108,8 +111,15 @@ class InFlight:
                 run = pretend(chosen, draft, self.acceptance, int(self.image.owner[row]), length)
             else:
                 run = walk(chosen, draft, faulty)
+            moves += [
+                (row, length - 1 + at, length - 1 + depth)
+                for depth, at in enumerate(run.rows)
+                if at != depth
+            ]
             self.image.commit(row, length, run.tokens)
             self.outcome.tokens[span] = run.tokens
             if first in sampled.logprobs:
                 extra = self.outcome.extras.setdefault(span, SpanResult())
                 extra.logprobs = [sampled.logprobs[first + row] for row in run.rows]
+        if moves:
+            self.pool.move(self.image.tables, *np.array(moves, np.int64).T)

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kvarn.core.model import GroupSpec
 from kvarn.core.plan import PageCopy
-from kvarn.kernels.attention import AttentionBackend
+from kvarn.kernels.attention import AttentionBackend, Ints
 
 
 class KVPool:
@@ -23,6 +25,8 @@ class KVPool:
         device: torch.device,
     ) -> None:
         self.backend = backend
+        self.dtype = dtype
+        self.page_size = page_size
         self.groups = list(groups)
         self.cache: dict[int, Any] = {}
         for group, count in zip(groups, pages):
@@ -40,3 +44,20 @@ class KVPool:
                 targets = [copy.target for copy in mine]
                 for layer in group.layers:
                     self.backend.copy(self.cache[layer], sources, targets)
+
+    @torch.inference_mode()
+    def move(
+        self, tables: Sequence[NDArray[np.int32]], rows: Ints, sources: Ints, targets: Ints
+    ) -> None:
+        """Copy the KV of positions `sources` of image rows `rows` [n] to positions `targets`.
+
+        Everything is read before anything is written. `tables`: the page tables by group.
+        """
+        size = self.page_size
+        for table, group in zip(tables, self.groups, strict=True):
+            slots = [
+                table[rows, at // size].astype(np.int64) * size + at % size
+                for at in (sources, targets)
+            ]
+            for layer in group.layers:
+                self.backend.move(self.cache[layer], *slots)

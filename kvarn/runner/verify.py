@@ -107,6 +107,7 @@ def accept(weights: Tensor, drawn: Drawn, keys: UInts, lengths: Ints) -> Tensor:
     over. Random numbers come from (key, length) in streams of their own.
     """
     device, most = weights.device, drawn.children.shape[1]
+    # the redraw comes first: its stream must not depend on the most children of any row
     chances = [uniform(stream(keys, 1 + j), lengths) for j in range(most + 1)]
     u = upload(chances, torch.float64, device)
     children = upload([drawn.children], torch.int64, device)[0]
@@ -116,7 +117,7 @@ def accept(weights: Tensor, drawn: Drawn, keys: UInts, lengths: Ints) -> Tensor:
         child = children[:, j].clamp(min=0)[:, None]
         chance = q.gather(1, child)[:, 0]
         tried = (tokens < 0) & (children[:, j] >= 0) & (chance > 0)
-        passes = u[j] * chance < p.gather(1, child)[:, 0]
+        passes = u[j + 1] * chance < p.gather(1, child)[:, 0]
         tokens = torch.where(tried & passes, children[:, j], tokens)
         left = (p - q).clamp_(min=0.0)
         # rounding may leave nothing of a p that is q
@@ -124,7 +125,7 @@ def accept(weights: Tensor, drawn: Drawn, keys: UInts, lengths: Ints) -> Tensor:
         p = torch.where(refused, _normed(left), p)
         if j + 1 < most:
             q = torch.where(tried[:, None], _normed(q.scatter(1, child, 0.0)), q)
-    return torch.where(tokens < 0, draw(p, u[most]), tokens)
+    return torch.where(tokens < 0, draw(p, u[0]), tokens)
 
 
 def _normed(weights: Tensor) -> Tensor:
@@ -159,16 +160,20 @@ def walk(chosen: list[int], draft: Draft, faulty: Container[int] = ()) -> Run:
 
 
 def pretend(chosen: list[int], draft: Draft, share: float, key: int, length: int) -> Run:
-    """Accept each draft of a chain with probability `share`, whatever the target says of it.
+    """Accept each draft with probability `share`, whatever the target says; of children the first.
 
     For measurements on random weights, whose output means nothing. The same sequence `key` at the
     same `length` always meets the same fate.
     """
-    n = len(draft.tokens)
+    children, way = _children(draft), [0]
+    while way[-1] in children:
+        way.append(next(iter(children[way[-1]].values())))
+    n = len(way) - 1
     chance = uniform(np.full(n, key, np.uint64), length + np.arange(n))
     refused = np.flatnonzero(chance >= share)
     accepted = int(refused[0]) if refused.size else n
-    return Run(list(range(accepted + 1)), [*draft.tokens[:accepted], chosen[accepted]])
+    rows = way[: accepted + 1]
+    return Run(rows, [*(draft.tokens[row - 1] for row in rows[1:]), chosen[rows[-1]]])
 
 
 def _children(draft: Draft) -> dict[int, dict[int, int]]:

@@ -209,9 +209,11 @@ def test_greedy_rows_accept_the_largest_alone() -> None:
 def test_a_row_does_not_depend_on_its_batch() -> None:
     target = Toy(3, 1)
     drafts = drafts_of(target, *CASES["tree"])[:40]
-    mixed = [d if i % 3 else as_delta(as_chain(d)) for i, d in enumerate(drafts)]
+    wide = drafts_of(target, *CASES["wide tree"])[:40]  # whose nodes have more children
+    mixed = [(as_delta(as_chain(d)), d, wide[i])[i % 3] for i, d in enumerate(drafts)]
+    mixed[:4] = [as_delta(as_chain(draft)) for draft in drafts[:2]] + drafts[2:4]
     together = verify(target, mixed, PARAMS[2])
-    for count in (1, 7, 20):
+    for count in (1, 4, 7, 20):
         assert verify(target, mixed[:count], PARAMS[2]) == together[:count]
 
 

@@ -104,6 +104,10 @@ class AttentionBackend(Protocol):
         """Copy whole pages inside one layer's cache (copy-on-write forks)."""
         ...
 
+    def move(self, cache: Any, sources: Ints, targets: Ints) -> None:
+        """Copy single slots inside one layer's cache: all are read, then all are written."""
+        ...
+
 
 class GraphPlan(FusedPlan, Protocol):
     """A plan of fixed launches for at most `n_rows` spans of a few rows each, for CUDA graphs.

@@ -257,3 +257,8 @@ class CPUAttention(Part):
     def copy(self, cache: Tensor, sources: list[int], targets: list[int]) -> None:
         """See `AttentionBackend`."""
         cache[targets] = cache[sources]
+
+    def move(self, cache: Tensor, sources: Ints, targets: Ints) -> None:
+        """See `AttentionBackend`."""
+        flat = cache.flatten(0, 1)
+        flat[targets] = flat[sources]

@@ -12,7 +12,7 @@ from kvarn.core.errors import ConfigError
 from kvarn.core.part import Cap, Part
 from kvarn.kernels import native
 from kvarn.kernels.attention import Ints, PagedRows
-from kvarn.kernels.attention.storage import zeros
+from kvarn.kernels.attention.storage import move_slots, zeros
 
 BLOCK = 96  #: rows of one item of work, the query heads of a KV head counted as rows
 
@@ -139,3 +139,7 @@ class NativeAttention(Part):
     def copy(self, cache: Tensor, sources: list[int], targets: list[int]) -> None:
         """See `AttentionBackend`."""
         cache[targets] = cache[sources]
+
+    def move(self, cache: Tensor, sources: Ints, targets: Ints) -> None:
+        """See `AttentionBackend`."""
+        move_slots(cache, sources, targets)

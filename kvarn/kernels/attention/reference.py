@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvarn.core.part import Cap, Part
-from kvarn.kernels.attention import PagedRows
+from kvarn.kernels.attention import Ints, PagedRows
 
 
 def attend(
@@ -117,3 +117,9 @@ class Reference(Part):
         """See `AttentionBackend`."""
         for part in cache:
             part[targets] = part[sources]
+
+    def move(self, cache: tuple[Tensor, Tensor], sources: Ints, targets: Ints) -> None:
+        """See `AttentionBackend`."""
+        for part in cache:
+            flat = part.flatten(0, 1)
+            flat[targets] = flat[sources]

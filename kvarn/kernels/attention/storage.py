@@ -6,6 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvarn.kernels.attention import Ints
+from kvarn.kernels.upload import upload
+
 
 def zeros(shape: tuple[int, ...], kind: torch.dtype, where: torch.device) -> Tensor:
     """A zeroed tensor. On the CPU its memory comes page by page at the first write (calloc), so
@@ -15,3 +18,11 @@ def zeros(shape: tuple[int, ...], kind: torch.dtype, where: torch.device) -> Ten
         return torch.zeros(shape, dtype=kind, device=where)
     raw = np.zeros(math.prod(shape) * kind.itemsize, np.uint8)
     return torch.from_numpy(raw).view(kind).view(shape)
+
+
+def move_slots(cache: Tensor, sources: Ints, targets: Ints) -> None:
+    """Copy slots of a cache [pages, Hkv, 2, page, d]: all are read, then all are written."""
+    size = cache.shape[3]
+    arrays = [sources // size, sources % size, targets // size, targets % size]
+    page, at, new_page, new_at = upload(arrays, torch.int64, cache.device)
+    cache[new_page, :, :, new_at] = cache[page, :, :, at]

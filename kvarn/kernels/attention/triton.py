@@ -8,8 +8,9 @@ from torch import Tensor
 
 from kvarn.core.errors import ConfigError
 from kvarn.core.part import Cap, Part
-from kvarn.kernels.attention import PagedRows
+from kvarn.kernels.attention import Ints, PagedRows
 from kvarn.kernels.attention.layout import Heads
+from kvarn.kernels.attention.storage import move_slots
 from kvarn.kernels.attention.triton_graph import GraphTritonPlan, Key, key_of
 from kvarn.kernels.attention.triton_plan import TritonPlan
 from kvarn.kernels.upload import upload
@@ -92,3 +93,7 @@ class TritonAttention(Part):
         lists = [np.array(sources), np.array(targets)]
         here, there = upload(lists, torch.int64, cache.device)
         cache[there] = cache[here]
+
+    def move(self, cache: Tensor, sources: Ints, targets: Ints) -> None:
+        """See `AttentionBackend`."""
+        move_slots(cache, sources, targets)
