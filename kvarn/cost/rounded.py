@@ -25,6 +25,14 @@ class Rounded:
         """Power of the instance while it waits [W]."""
         return self._model.idle_watts()
 
+    def alike(self, n: int, total: int, longest: int) -> int:
+        """How many steps cost the same, from one of `n` decodes on that attends to `total`.
+
+        Every step adds a position to each sequence; `longest` is the longest context [tokens].
+        """
+        grain = self._grain
+        return grain - max(total // n % grain, longest % grain)
+
     def step(self, shape: StepShape) -> Estimate:
         """The price of `shape`, or of the decodes that count as the same."""
         n = shape.n_decode

@@ -12,11 +12,13 @@ run at the end of the step in which it falls, exactly where step by step it woul
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, repeat
 from typing import Protocol
 
 from kvarn.core.plan import StepPlan, StepResult
 from kvarn.core.request import Request
 from kvarn.core.seq import Seq
+from kvarn.cost.rounded import Rounded
 from kvarn.cost.shape import CostModel, Estimate, StepShape, shape_of
 from kvarn.schedule.coast import can_coast, coast
 from kvarn.schedule.control import ControlPlane, Progress
@@ -46,19 +48,24 @@ class _Run:
     unmeasured: list[float]  #: seconds outside measured data by the end of each step
     plan: StepPlan | None  #: None: the steps are coasted
 
-    def take(self, price: Estimate, now: int) -> int:
-        """One more step, from `now` on; its end, at least one tick later [ns]."""
+    def take(self, price: Estimate, now: int, steps: int = 1) -> int:
+        """`steps` more at one price, from `now` on; their end, at least a tick each later [ns]."""
         seconds = price.seconds
         unmeasured = (1.0 - price.confidence) * seconds
-        now += max(1, round(seconds * NS))
-        if self.ends:
-            self.joules.append(self.joules[-1] + price.joules)
-            self.unmeasured.append(self.unmeasured[-1] + unmeasured)
-        else:
-            self.joules.append(price.joules)
-            self.unmeasured.append(unmeasured)
-        self.ends.append(now)
-        return now
+        tick = max(1, round(seconds * NS))
+        end = now + steps * tick
+        self.ends.extend(range(now + tick, end + 1, tick))
+        _add_up(self.joules, price.joules, steps)
+        _add_up(self.unmeasured, unmeasured, steps)
+        return end
+
+
+def _add_up(sums: list[float], more: float, times: int) -> None:
+    """Go on with running `sums` by adding `more`, one by one: as steps priced singly would."""
+    if sums:
+        sums.extend(accumulate(repeat(more, times), initial=sums.pop()))
+    else:
+        sums.extend(accumulate(repeat(more, times)))
 
 
 @dataclass(slots=True)
@@ -155,8 +162,14 @@ class Instance:
         known = [len(seq.tokens) for seq in self.control.queues.running]
         total, longest = sum(known), max(known)
         run = _Run(StepShape((), n, total, longest, n), now, [], [], [], None)
-        for i in range(most):
-            now = run.take(self.cost.step(StepShape((), n, total + i * n, longest + i, n)), now)
+        cost = self.cost
+        alike = cost.alike if isinstance(cost, Rounded) else None
+        done = 0
+        while done < most:
+            at, far = total + done * n, longest + done
+            steps = min(alike(n, at, far), most - done) if alike else 1
+            now = run.take(cost.step(StepShape((), n, at, far, n)), now, steps)
+            done += steps
         return run
 
 

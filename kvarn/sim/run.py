@@ -4,7 +4,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from operator import sub
 
 from kvarn.core.seq import Seq
 from kvarn.cost.shape import StepShape
@@ -99,10 +99,10 @@ class Tally:
 
     def committed(self, instance: Instance, seqs: Sequence[Seq], ends: list[int]) -> None:
         """Each of `seqs` got a token at each of `ends`; what is between those is alike for all."""
-        inner = [later - earlier for earlier, later in pairwise(ends)]
-        for gap in inner:
-            self.gaps[round(gap / 1000)] += len(seqs)
-        kept = [gap / NS for gap in inner] if self.keep_gaps else []
+        inner = list(map(sub, ends[1:], ends))
+        for gap, times in Counter(inner).items():
+            self.gaps[round(gap / 1000)] += times * len(seqs)
+        kept = array("d", [gap / NS for gap in inner] if self.keep_gaps else [])
         for seq in seqs:
             record = self.records[seq.request.id]
             record.n_out += len(ends)
