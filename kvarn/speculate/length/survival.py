@@ -1,9 +1,10 @@
 """A budget for the whole batch: draft where a token is likely to survive, while that pays.
 
 Position i of a draft survives with probability a^i, a being what the sequence's drafts have been
-accepted with. The tokens of all sequences are taken in falling order of survival; of every number
-of them, the one with the most expected tokens a second is drafted, by the measured times of steps
-and drafts. None is a candidate like any other.
+accepted with, drawn towards the acceptance of all: the largest of many noisy shares is luck. The
+tokens of all sequences are taken in falling order of survival; of every number of them, the one
+with the most expected tokens a second is drafted, by the measured times of steps and drafts. None
+is a candidate like any other.
 
 Expectations are held against what came: every few rounds with drafts, the tokens that they brought
 and the time that they took are compared with what plain steps would have (the utility of arXiv
@@ -24,7 +25,8 @@ from kvarn.core.plan import SeqId
 from kvarn.speculate.part import Round, Verified
 
 PRIOR = 0.5  #: acceptance of a drafted token, while nothing has been seen
-KEEP = 0.9  #: weight of the past in a sequence's acceptance, and in that of all
+KEEP, KEEP_ALL = 0.97, 0.998  #: weight of the past at each judged token: a sequence's, of all
+OTHERS = 16  #: judged tokens that the acceptance of all counts as in a sequence's own
 PAYS = 1.03  #: speculation must promise this many times the tokens a second of none
 FIRST_PAUSE, LONGEST_PAUSE = 8, 512  #: rounds without drafts after a failure
 REFRESH = 50  #: rounds after which one without drafts measures the plain step again
@@ -32,6 +34,8 @@ LEARN = 12  #: rounds of drafts before times are believed
 TRIED_SHARE = 8  #: one of so many sequences is drafted for in these rounds
 HOPELESS = 0.8, 4  #: below this gain after so many rounds, the rest of them is not waited for
 JUDGE = 16  #: rounds of drafts over which they are judged by what they brought
+LOOK = 16  #: once in so many rounds another number of tokens is drafted, to learn its time:
+ASIDE = 0.8, 1.2, 0.6  #: these shares of the best one, in turn
 LONGEST_TRIAL = 4  #: draft of these rounds, from 1 token on [tokens]
 
 
@@ -46,6 +50,23 @@ class _Made:
     plain_seconds: float = 0.0
 
 
+@dataclass(slots=True)
+class _Past:
+    """Judged tokens and those of them that stood; old ones count less and less."""
+
+    accepted: float = 0.0
+    judged: float = 0.0
+
+    def fade(self, weight: float) -> None:
+        self.accepted *= weight
+        self.judged *= weight
+
+    def add(self, accepted: int, judged: int, keep: float) -> None:
+        self.fade(keep**judged)
+        self.accepted += accepted
+        self.judged += judged
+
+
 class Survival(Part):
     """Tokens by survival, their number by the measured cost of a step."""
 
@@ -57,8 +78,8 @@ class Survival(Part):
     )
 
     def __init__(self) -> None:
-        self._share: dict[SeqId, float] = {}
-        self._all = PRIOR  # for sequences that have not been drafted for
+        self._past: dict[SeqId, _Past] = {}
+        self._all = _Past(PRIOR * LEARN, LEARN)  # of every sequence, those that ended too
         self._resting = 0  # rounds left without drafts
         self._pause = FIRST_PAUSE
         self._tried = 0  # rounds with drafts since the last rest
@@ -116,14 +137,14 @@ class Survival(Part):
         """Acceptance by sequence: of the tokens that were judged, how many stood."""
         drafted = False
         for one in records:
+            past = self._past.setdefault(one.seq, _Past())
             if one.drafted == 0:
+                past.fade(KEEP)  # who is not drafted for comes back to the acceptance of all
                 continue
             drafted = True
             judged = min(one.accepted + 1, one.drafted)
-            weight = KEEP**judged
-            share = one.accepted / judged
-            self._share[one.seq] = weight * self._of(one.seq) + (1 - weight) * share
-            self._all = weight * self._all + (1 - weight) * share
+            past.add(one.accepted, judged, KEEP)
+            self._all.add(one.accepted, judged, KEEP_ALL)
         self._tried += drafted
         if drafted and self._plain:
             self._judge(records, step + draft)
@@ -146,10 +167,13 @@ class Survival(Part):
 
     def forget(self, seq: SeqId) -> None:
         """Drop what is known of it."""
-        self._share.pop(seq, None)
+        self._past.pop(seq, None)
 
     def _of(self, seq: SeqId) -> float:
-        return self._share.get(seq, self._all)
+        """Acceptance to expect: its own as far as it is known, else that of all."""
+        past = self._past.get(seq, _Past())
+        share = self._all.accepted / self._all.judged
+        return (past.accepted + OTHERS * share) / (past.judged + OTHERS)
 
     def _best(self, round_: Round, rows: int) -> tuple[list[int], float]:
         """The lengths with the most tokens a second, and their gain over none."""
@@ -172,6 +196,8 @@ class Survival(Part):
                 best, best_rate, self._least = len(taken), expected / seconds, -survival
             if length < round_.room[place]:
                 heappush(heap, (survival * shares[place], place, length + 1))
+        if self._round % LOOK == 0:  # between two known sizes a step is cheaper than the line
+            best = int(best * ASIDE[self._round // LOOK % len(ASIDE)])
         lengths = [0] * n
         for place in taken[:best]:
             lengths[place] += 1

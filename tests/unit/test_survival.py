@@ -1,0 +1,50 @@
+"""The batch-wide budget in modelled time: never slower than none, near the best fixed length."""
+
+import random
+
+import pytest
+
+from kvarn.speculate.length.fixed import Fixed
+from kvarn.speculate.length.survival import Survival
+from kvarn.speculate.trial import Roofline, Stream, play
+
+FREE, DEAR = Roofline(), Roofline(token=0.03)  # rows are free up to 100; a drafted token is not
+
+
+def batch_of(share: float, batch: int, tokens: int) -> list[Stream]:
+    chance = random.Random(5)
+    return [Stream.drawn([(share, tokens)], chance) for _ in range(batch)]
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16, 64, 128, 256])
+@pytest.mark.parametrize("times", [FREE, DEAR])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9])
+def test_never_slower_than_none(batch: int, times: Roofline, share: float) -> None:
+    streams = batch_of(share, batch, 600)
+    assert play(Survival(), streams, times, 8).speedup >= 0.98
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16, 64])
+@pytest.mark.parametrize("times", [FREE, DEAR])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_near_the_best_fixed_length(batch: int, times: Roofline, share: float) -> None:
+    """Within 10 %, learning included; most cases lie within 5 %."""
+    streams = batch_of(share, batch, 1500)
+    lengths = (1, 2) if batch == 64 else (1, 2, 3, 4, 5, 6, 8)
+    best = max(1.0, *(play(Fixed(), streams, times, k).speedup for k in lengths))
+    assert play(Survival(), streams, times, 8).speedup >= 0.9 * best
+
+
+def test_beats_every_fixed_length_where_sequences_differ() -> None:
+    chance = random.Random(7)
+    shares = [0.95] * 16 + [0.05] * 48
+    streams = [Stream.drawn([(share, 1200)], chance) for share in shares]
+    best = max(1.0, *(play(Fixed(), streams, FREE, k).speedup for k in (1, 2, 3)))
+    assert play(Survival(), streams, FREE, 8).speedup >= 1.1 * best
+
+
+def test_returns_when_acceptance_does() -> None:
+    chance = random.Random(8)
+    streams = [Stream.drawn([(0.0, 600), (0.95, 3000)], chance) for _ in range(4)]
+    played = play(Survival(), streams, Roofline(row=0.02, token=0.03), 8)
+    assert played.speedup > 1.5
