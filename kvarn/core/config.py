@@ -43,6 +43,9 @@ class EngineConfig:
     prefix: str = option("hash", "prefix index: hash, radix, none")
     evict: str = option("lru", "which cached prefix goes first: lru, lfu")
     attention: str = option("auto", "attention backend: auto, or a name from `kvarn parts`")
+    sparsity: str = option(
+        "none", "what stays of the KV: none, or a part of `kvarn parts`, as name:field=value,..."
+    )
     speculate: str = option("none", "who drafts tokens ahead: none, or a proposer of `kvarn parts`")
     draft_length: str = option("survival", "how many are drafted for whom: a part of `kvarn parts`")
     draft_tokens: int = option(8, "longest draft", "tokens")

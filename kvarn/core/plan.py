@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvarn.core.keep import Keep
 from kvarn.core.request import Request
 
 SeqId = int
@@ -62,7 +63,8 @@ class SeqStart:
     index: int  #: which of the request's n sequences
     tokens: list[int]  #: every token known so far
     prompt_len: int
-    tables: list[list[PageId]]  #: page table by group; entry i holds positions [i*page, (i+1)*page)
+    tables: list[list[PageId]]  #: page table by group; entry i holds slots [i*page, (i+1)*page)
+    keep: tuple[Keep, ...] = ()  #: by group; (): the slot of a position is its number, for ever
 
 
 @dataclass(slots=True)
@@ -85,6 +87,19 @@ class PageCopy:
 
 
 @dataclass(slots=True)
+class Compaction:
+    """Once a layer has attended, move `kept` positions of a sequence to `pages`, its new table.
+
+    The pages of the old table are free from the next step on.
+    """
+
+    seq: SeqId
+    group: int
+    kept: int  #: positions
+    pages: list[PageId]
+
+
+@dataclass(slots=True)
 class StepPlan:
     """Everything that one step does, in the order of the fields below."""
 
@@ -98,6 +113,7 @@ class StepPlan:
     spans: list[Span] = field(default_factory=list)
     #: what the drafts of the spans are, by sequence
     drafts: dict[SeqId, Draft] = field(default_factory=dict)
+    compactions: list[Compaction] = field(default_factory=list)
 
     @property
     def n_tokens(self) -> int:

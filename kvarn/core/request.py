@@ -71,3 +71,4 @@ class Request:
     slo: SLO | None = None
     pooling: PoolingKind | None = None  #: an embedding request: no token is generated
     eos_ids: tuple[int, ...] = ()  #: the model's end-of-sequence tokens (filled by the engine)
+    sparsity: str | None = None  #: what stays of its KV, "part:field=value"; None: as the engine

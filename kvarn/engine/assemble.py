@@ -28,6 +28,7 @@ from kvarn.runner.sampler import Sampler
 from kvarn.runner.warm import decode_step
 from kvarn.schedule.build import build_control
 from kvarn.schedule.control import Capacity, ControlPlane
+from kvarn.sparse.rules import Rules
 from kvarn.speculate.build import NEED_DRAFTER, build_speculation
 from kvarn.speculate.speculation import Speculation
 
@@ -55,6 +56,7 @@ class Assembly:
     capabilities: frozenset[Cap]
     step_log: "StepLog | None"  #: rank 0 alone decides, and so records
     speculation: Speculation | None  #: rank 0's as well
+    rules: Rules  #: what stays of a request's KV
     seconds: dict[str, float] = field(default_factory=dict)  #: start-up, by stage
     ranks: list[dict[str, object]] = field(default_factory=list)  #: what each holds; one: nothing
 
@@ -128,7 +130,15 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
     if model.tokenizer is not None and spec.eos_ids:
         grammars = GrammarCompiler.of(model.tokenizer, spec.eos_ids, spec.vocab)
     sampler = Sampler(spec.vocab, device, config.seed, grammars)
-    build = RunnerFactory(config, model, groups, parts["attention"](), sampler, kv_kind, captured)
+    rules = Rules(
+        groups,
+        config.page_size,
+        config.sparsity,
+        config.speculate != "none",
+        config.deterministic,
+    )
+    backend = parts["attention"]()
+    build = RunnerFactory(config, model, groups, backend, sampler, kv_kind, rules, captured)
     began = time.perf_counter()
     workspace = build.workspace()
     seconds["largest step"] = time.perf_counter() - began
@@ -156,6 +166,7 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
         config.evict,
         Capacity(config.budget, config.max_seqs, config.max_len, config.max_queue),
         step_log,
+        rules.keeps,
     )
     speculation = None
     if config.speculate != "none" and group.rank == 0:
@@ -178,6 +189,7 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
         capabilities,
         step_log,
         speculation,
+        rules,
         seconds,
     )
 
@@ -194,6 +206,8 @@ def _choose_parts(resolved: Resolved, here: Cap) -> dict[str, Any]:
     if config.prefix != "none":
         parts["prefix"] = find("prefix", config.prefix)
         parts["evict"] = find("evict", config.evict)
+    if config.sparsity != "none":
+        parts["sparsity"] = find("sparsity", config.sparsity.partition(":")[0])
     if config.speculate != "none":
         parts["proposer"] = find("proposer", config.speculate)
         parts["draft-length"] = find("draft-length", config.draft_length)

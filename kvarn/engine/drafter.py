@@ -16,6 +16,7 @@ from kvarn.kv.manager import KVManager
 from kvarn.models.load import Model, load
 from kvarn.runner.factory import RunnerFactory
 from kvarn.runner.sampler import Sampler
+from kvarn.sparse.rules import Rules
 from kvarn.speculate.propose.draft_model import DraftModel
 from kvarn.speculate.train.load import load_drafter as load_shared
 from kvarn.speculate.train.load import shares_embedding, shipped
@@ -40,7 +41,14 @@ class Drafter:
         device = self.model.device
         sampler = Sampler(self.model.spec.vocab, device, config.seed, None)
         build = RunnerFactory(
-            config, self.model, self.groups, attention, sampler, kv_kind, captured
+            config,
+            self.model,
+            self.groups,
+            attention,
+            sampler,
+            kv_kind,
+            Rules(self.groups, config.page_size),
+            captured,
         )
         index: Any = None
         if config.prefix != "none":

@@ -55,6 +55,7 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request; `RequestError` says what is wrong, `QueueFull` when to come back."""
         validate(request, self.assembly.limits)
+        self.assembly.rules.check(request)
         if self.control.knows(request.id):
             raise RequestError(f"request id {request.id!r} is already open", param="request_id")
         params = request.sampling

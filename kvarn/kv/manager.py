@@ -8,8 +8,9 @@ Nothing here touches memory: pages are numbers, so the simulator runs the same c
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
+from kvarn.core.keep import ENDLESS
 from kvarn.core.model import GroupSpec
-from kvarn.core.plan import PageCopy, PageId, TableEdit
+from kvarn.core.plan import Compaction, PageCopy, PageId, TableEdit
 from kvarn.core.seq import Seq
 from kvarn.kv.prefix import NO_PAGE, Match, PrefixIndex
 
@@ -39,6 +40,8 @@ class KVManager:
         self.refs: list[list[int]] = [[0] * n for n in self.pages]
         self.indexed: list[bytearray] = [bytearray(n) for n in self.pages]
         self._idle: list[OrderedDict[PageId, None]] = [OrderedDict() for _ in self.pages]
+        #: pages that the step under way still reads, by group; nobody's after it
+        self._leaving: list[list[PageId]] = [[] for _ in self.pages]
 
     # what is there
 
@@ -67,7 +70,7 @@ class KVManager:
         sampling = seq.request.sampling
         if self.index is None or sampling.prompt_logprobs is not None or seq.request.pooling:
             return None  # those need the hidden state of every position
-        limit = (len(seq.tokens) - 1) // self.page_size
+        limit = min(len(seq.tokens) - 1, self._cached(seq)) // self.page_size
         return self.index.match(seq.tokens, seq.request.cache_salt, limit)
 
     def fits(self, seq: Seq, match: Match | None, spare: int, chunk: int) -> bool:
@@ -78,11 +81,13 @@ class KVManager:
         size = self.page_size
         for group, spec in enumerate(self.groups):
             cached = self._useful(match, group) if match else []
-            positions = len(seq.tokens) - (match.length if match else 0) * size
+            slots = self._slots(seq, group, len(seq.tokens))
+            positions = slots - (match.length if match else 0) * size
             if spec.window is not None:
                 positions = min(positions, spec.window + chunk)
             idle = sum(1 for page in cached if self.refs[group][page] == 1)
-            if self.available(group) - idle - spare < -(-positions // size):
+            pages = -(-positions // size) + self._spares(seq, group)
+            if self.available(group) - idle - spare < pages:
                 return False
         return True
 
@@ -90,6 +95,7 @@ class KVManager:
         """Give a waiting `seq` its tables: the cached prefix, or nothing yet."""
         seq.computed = 0
         seq.published = 0
+        seq.spare = [[] for _ in self.groups] if seq.keep else []
         if match is None:
             seq.tables = [[] for _ in self.groups]
             if self.index is None:
@@ -120,8 +126,10 @@ class KVManager:
         wants: list[int] = []
         for group, spec in enumerate(self.groups):
             positions = end if spec.window is not None else max(end, len(seq.tokens))
+            if seq.keep:
+                positions = self._slots(seq, group, positions)
             wants.append(max(0, -(-positions // size) - len(seq.tables[group])))
-            if wants[group] > self.available(group):
+            if wants[group] + self._spares(seq, group) > self.available(group):
                 return None
         edits = []
         for group, want in enumerate(wants):
@@ -130,11 +138,66 @@ class KVManager:
                 pages = self._take(group, want, now)
                 edits.append(TableEdit(seq.id, group, len(table), pages))
                 table += pages
+            spares = self._spares(seq, group)
+            if spares:
+                seq.spare[group] = self._take(group, spares, now)
         seq.capacity = min(len(table) for table in seq.tables) * size
+        if seq.keep and all(
+            keep.since(seq.prompt_len) <= seq.capacity and not keep.compacts(seq.prompt_len)
+            for keep in seq.keep
+        ):
+            seq.capacity = ENDLESS
         return edits
+
+    def compact(self, seq: Seq, now: float) -> list[Compaction]:
+        """Give a `seq` whose prompt is planned whole the tables of what stays of it."""
+        moves = []
+        for group, keep in enumerate(seq.keep):
+            if keep.compacts(seq.prompt_len):
+                self._leaving[group] += [page for page in seq.tables[group] if page != NO_PAGE]
+                seq.tables[group], seq.spare[group] = seq.spare[group], []
+                pages = list(seq.tables[group])
+                moves.append(Compaction(seq.id, group, keep.budget, pages))
+        if moves:
+            self._forget_prefix(seq, now)
+            seq.capacity = ENDLESS
+        return moves
+
+    def settle(self) -> None:
+        """The step that still read the pages of compacted prompts is launched: let them go."""
+        for group, pages in enumerate(self._leaving):
+            for page in reversed(pages):
+                self._let_go(group, page)
+            pages.clear()
+
+    def _forget_prefix(self, seq: Seq, now: float) -> None:
+        """What `seq` holds from here on is not what the prefix index has."""
+        seq.published = _NEVER
+        if self.index is not None:
+            self.index.unpin(seq.cursor, now)
+            empty = self.index.match([], seq.request.cache_salt, 0)
+            seq.cursor = self.index.take(empty, now)
+
+    def _slots(self, seq: Seq, group: int, end: int) -> int:
+        """Slots for the positions up to `end` of `seq`."""
+        return seq.keep[group].slots(seq.prompt_len, seq.computed, end) if seq.keep else end
+
+    def _spares(self, seq: Seq, group: int) -> int:
+        """Pages that `seq` still has to get for what will stay of its prompt."""
+        if not seq.keep or not seq.keep[group].compacts(seq.prompt_len):
+            return 0
+        held = bool(seq.spare and seq.spare[group]) or seq.computed >= seq.prompt_len
+        return 0 if held else -(-seq.keep[group].budget // self.page_size)
+
+    def _cached(self, seq: Seq) -> int:
+        """Leading positions of `seq` that may come from the prefix index."""
+        n = seq.prompt_len
+        return min((min(k.shared(n), n - k.watch) for k in seq.keep), default=ENDLESS)
 
     def can_fork(self, parent: Seq, child: Seq) -> bool:
         """Whether `parent` still has every page of its prompt that the child's queries can see."""
+        if parent.keep:
+            return False  # its prompt is compacted, or soon will be
         whole, partial = divmod(child.prompt_len - 1, self.page_size)
         end = whole + (partial > 0)
         for spec, table in zip(self.groups, parent.tables):
@@ -201,6 +264,8 @@ class KVManager:
         """Enter the whole pages that `seq` has computed (or will, in the step being planned)."""
         index, size = self.index, self.page_size
         whole = min(seq.computed, len(seq.tokens)) // size
+        if seq.keep:
+            whole = min(whole, min(k.shared(seq.prompt_len) for k in seq.keep) // size)
         if index is None or whole <= seq.published:
             return
         start = seq.published
@@ -231,14 +296,18 @@ class KVManager:
             for page in reversed(table):
                 if page != NO_PAGE:
                     self._let_go(group, page)
+        for group, pages in enumerate(seq.spare):
+            for page in reversed(pages):
+                self._let_go(group, page)
         if self.index is not None and seq.cursor is not None:
             self.index.unpin(seq.cursor, now)
-        seq.tables, seq.cursor, seq.published = [], None, 0
+        seq.tables, seq.spare, seq.cursor, seq.published = [], [], None, 0
         seq.computed = seq.capacity = 0
 
     def clear(self, now: float) -> int:
         """Drop every idle page from the prefix index; the number of pages given up."""
         dropped = 0
+        self.settle()
         for group in range(len(self.groups)):
             count = self.idle(group)
             dropped += count
@@ -311,6 +380,8 @@ class KVManager:
             held = Counter(
                 page for seq in seqs for page in (seq.tables or [[]] * len(self.groups))[group]
             )
+            held.update(page for seq in seqs if seq.spare for page in seq.spare[group])
+            held.update(self._leaving[group])
             known = Counter(
                 page
                 for node in (self.index.nodes() if self.index else [])

@@ -142,38 +142,39 @@ class _Layout:
     def group(self, index: int, group: GroupSpec) -> PagedRows:
         """The page lists of one group: from the first page that a span's first row can see."""
         table, size = self.image.tables[index], self.image.page_size
+        _, start = self.image.places(index, self.rows, self.start)
+        slots, _ = self.image.places(index, self.row_of, self.positions)
         if group.window is None:
-            first = np.zeros_like(self.start)
+            first = np.zeros_like(start)
         else:
-            first = np.maximum(self.start - group.window + 1, 0) // size
-        row_of, positions = self.row_of, self.positions
+            first = np.maximum(start - group.window + 1, 0) // size
         if self.state is None:
-            page_indptr, pages = self._listed(table, first)
+            page_indptr, pages = self._listed(table, first, start + self.ends - self.start)
         else:  # the tables are there already
             page_indptr, pages = self.rows * self.state.width + first, first[:0]
         return PagedRows(
             indptr=self.indptr,
-            start=self.start,
+            start=start,
             page_indptr=page_indptr,
             pages=pages,
             base=first * size,
-            slots=table[row_of, positions // size].astype(np.int64) * size + positions % size,
+            slots=table[self.row_of, slots // size].astype(np.int64) * size + slots % size,
             page_size=size,
             scale=self.spec.scale,
             window=group.window,
             softcap=self.spec.attn_softcap,
             table=None if self.state is None else self.state.tables[index],
-            shared=self._shared(table, group),
+            shared=self._shared(table, group, start),
         )
 
-    def _shared(self, table: NDArray[np.int32], group: GroupSpec) -> Ints | None:
+    def _shared(self, table: NDArray[np.int32], group: GroupSpec, start: Ints) -> Ints | None:
         if self.state is None or not self.single or group.window is not None:
             return None
-        return runs(table, self.rows, self.start, self.image.page_size)
+        return runs(table, self.rows, start, self.image.page_size)
 
-    def _listed(self, table: NDArray[np.int32], first: Ints) -> tuple[Ints, Ints]:
+    def _listed(self, table: NDArray[np.int32], first: Ints, ends: Ints) -> tuple[Ints, Ints]:
         """The pages of all spans one after the other, and where those of each begin."""
-        count = -(-self.ends // self.image.page_size) - first
+        count = -(-ends // self.image.page_size) - first
         page_indptr = _indptr(count)
         column = np.repeat(first - page_indptr[:-1], count) + np.arange(page_indptr[-1])
         return page_indptr, table[np.repeat(self.rows, count), column].astype(np.int64)

@@ -21,12 +21,14 @@ from kvarn.runner.extras import Extras
 from kvarn.runner.graphs import Graphs
 from kvarn.runner.image import Image
 from kvarn.runner.inflight import InFlight
+from kvarn.runner.keeping import Keeping, Watched, WatchingPlan
 from kvarn.runner.pieces import Pieces
 from kvarn.runner.pool import KVPool
 from kvarn.runner.sampler import Sampler, sample_on_gpu
 from kvarn.runner.state import DeviceState
 from kvarn.runner.trees import is_tree, path, straightened
 from kvarn.runner.verify import Drafted, drawn
+from kvarn.sparse.rules import Rules
 
 
 class Pending(Protocol):
@@ -75,6 +77,7 @@ class Runner:
         pieces: Pieces | None = None,
         acceptance: float = 0.0,
         deterministic: bool = False,
+        rules: Rules | None = None,
     ) -> None:
         self.decoder = decoder
         self.spec: ModelSpec = decoder.spec
@@ -84,6 +87,7 @@ class Runner:
         self.sampler = sampler
         self.image = Image(max_seqs, len(groups), page_size)
         self.extras = Extras(decoder, self.image)
+        self.keeping = Keeping(rules or Rules(groups, page_size), backend, self.image)
         self.state = state
         self.graphs = graphs
         self.pieces = pieces
@@ -128,7 +132,9 @@ class Runner:
                 before.result()  # rules look at the tokens so far
             batch = build(plan.spans, self.image, self.spec, self.groups, self.state, plan.drafts)
             step.expect(batch)
-            self._compute(batch, step)
+            self._compute(batch, step, self.keeping.watched(plan, batch, self.decoder.device))
+            for move in plan.compactions:
+                self.image.compact(move)
         elif self.state is not None:
             self.state.write(self.state.entries(self.image))
         return step
@@ -137,6 +143,7 @@ class Runner:
         """Bring the image up to the plan."""
         for seq in plan.stops:
             row = self.image.stop(seq)
+            self.keeping.stop(seq)
             if row is not None:
                 self.sampler.stop(row)
                 self.extras.stop(row)
@@ -153,15 +160,17 @@ class Runner:
 
     def _start(self, start: SeqStart) -> None:
         row = self.image.start(start)
+        self.keeping.start(start)
         request = start.request
         params = request.sampling
         key = start.seq if params.seed is None else start.index
         self.sampler.start(row, params, request.eos_ids, start.prompt_len, key)
         self.extras.start(row, request)
 
-    def _compute(self, batch: Batch, step: InFlight) -> None:
+    def _compute(self, batch: Batch, step: InFlight, watched: list[list[Watched]]) -> None:
         """Forward and sample, through a captured graph where the step is one that repeats."""
         wanted = self.tap is None and batch.decodes and not self.extras.wanted(batch)
+        wanted = wanted and not watched
         if self.graphs is not None and wanted and self.graphs.take(len(batch.rows)):
             assert self.state is not None
             rows, lengths = batch.rows, batch.ends
@@ -177,7 +186,7 @@ class Runner:
             return
         if self.state is not None:
             self.state.write(self.state.entries(self.image))
-        hidden = self._forward(batch)
+        hidden = self._forward(batch, watched)
         if self.extras.wanted(batch):
             self.extras.take(batch, hidden, step.outcome)
         if len(batch.logits_at):
@@ -185,7 +194,7 @@ class Runner:
                 hidden = hidden[upload([batch.logits_at], torch.int64, hidden.device)[0]]
             self._choose(batch, self.decoder.logits(hidden, self.tap), step)
 
-    def _forward(self, batch: Batch) -> Tensor:
+    def _forward(self, batch: Batch, watched: list[list[Watched]]) -> Tensor:
         """Final hidden states [T, hidden]."""
         forest = batch.forest
         if forest is None:
@@ -193,15 +202,16 @@ class Runner:
         else:
             plans = [self._tree_plan(rows, forest) for rows in batch.groups]
         attend = PagedAttend(
-            [plans[self._group_of[layer]] for layer in range(self.spec.n_layers)],
+            [self._layer_plan(layer, plans, watched) for layer in range(self.spec.n_layers)],
             self.pool.cache,
-            takes_projection=self.state is not None and forest is None,
+            takes_projection=self.state is not None and forest is None and not watched,
         )
         device = self.decoder.device
         if self.state is None:
             tokens, positions = upload([batch.tokens, batch.positions], torch.int64, device)
             return self.decoder.forward(tokens, positions, attend, self.tap)
-        pieces = None if forest is not None or self.tap is not None else self.pieces
+        plain = forest is None and self.tap is None and not watched
+        pieces = self.pieces if plain else None
         if pieces is not None and pieces.take(len(batch.tokens)):
             return pieces.run(batch, attend)
         from kvarn.kernels.triton.feed import feed
@@ -210,6 +220,13 @@ class Runner:
         said, rows, positions = upload(arrays, torch.int32, device)
         tokens = feed(said, rows, self.state.last)
         return self.decoder.forward(tokens, positions, attend, self.tap)
+
+    def _layer_plan(self, layer: int, plans: list[Any], watched: list[list[Watched]]) -> Any:
+        """The plan of the layer's group, watched where something of it will go."""
+        group = self._group_of[layer]
+        if not watched or not watched[group]:
+            return plans[group]
+        return WatchingPlan(plans[group], self.keeping, layer, watched[group])
 
     def _choose(self, batch: Batch, logits: Tensor, step: InFlight) -> None:
         """The next token of every row of the logits [R, V], on the device if nobody has to see."""

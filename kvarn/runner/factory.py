@@ -18,6 +18,7 @@ from kvarn.runner.pool import KVPool
 from kvarn.runner.sampler import Sampler
 from kvarn.runner.state import DeviceState
 from kvarn.runner.warm import peak_bytes
+from kvarn.sparse.rules import Rules
 
 
 @dataclass(slots=True)
@@ -30,6 +31,7 @@ class RunnerFactory:
     backend: AttentionBackend
     sampler: Sampler
     kv_dtype: torch.dtype
+    rules: Rules
     captured: (
         bool  #: the device keeps page tables and last tokens, and decode steps can be replayed
     )
@@ -61,6 +63,7 @@ class RunnerFactory:
             pieces,
             config.synthetic_acceptance,
             config.deterministic,
+            self.rules,
         )
 
     def workspace(self) -> int:

@@ -7,11 +7,13 @@ step's batch is a few vectorised look-ups, however many sequences run.
 import numpy as np
 from numpy.typing import NDArray
 
-from kvarn.core.plan import SeqId, SeqStart, TableEdit
+from kvarn.core.keep import ENDLESS
+from kvarn.core.plan import Compaction, SeqId, SeqStart, TableEdit
 from kvarn.core.request import Request
 
 Ints = NDArray[np.int64]
 NOBODY = -1  #: owner of a free row
+DENSE = (ENDLESS, 0, 1)  #: no ring ever
 
 
 class Image:
@@ -31,6 +33,10 @@ class Image:
         self.tables: list[NDArray[np.int32]] = [
             np.zeros((n_rows, 64), np.int32) for _ in range(n_groups)
         ]
+        #: [groups, rows, 3]: the position that a ring of slots begins with, its first slot, length
+        self.rings = np.zeros((n_groups, n_rows, 3), np.int64)
+        self.rings[:] = DENSE
+        self.kept: set[int] = set()  #: rows with rings
         self.requests: dict[int, Request] = {}  #: by row
         #: what was written into the tables, as (group, row, first column, pages); the device's
         #: copy takes and clears it
@@ -59,6 +65,10 @@ class Image:
         self.prompt_len[row] = start.prompt_len
         for group, pages in enumerate(start.tables):
             self._write(group, row, 0, pages)
+        for group, keep in enumerate(start.keep):
+            self.kept.add(row)
+            since = keep.since(start.prompt_len)
+            self.rings[group, row] = (since, keep.budget - keep.recent, keep.recent)
         return row
 
     def stop(self, seq: SeqId) -> int | None:
@@ -68,11 +78,27 @@ class Image:
             self._free.append(row)
             self.owner[row] = NOBODY
             del self.requests[row]
+            if row in self.kept:
+                self.kept.remove(row)
+                self.rings[:, row] = DENSE
         return row
 
     def edit(self, edit: TableEdit) -> None:
         """Extend a page table."""
         self._write(edit.group, self._row[edit.seq], edit.at, edit.pages)
+
+    def compact(self, move: Compaction) -> None:
+        """Put the table of what was kept in the place of the old one."""
+        self._write(move.group, self._row[move.seq], 0, move.pages)
+
+    def places(self, group: int, rows: Ints, positions: Ints) -> tuple[Ints, Ints]:
+        """Slots that `positions` of `rows` are written to, and the last slots that they see."""
+        if not self.kept:
+            return positions, positions
+        since, first, length = self.rings[group, rows].T
+        ring = positions >= since
+        slots = np.where(ring, first + (positions - since) % length, positions)
+        return slots, np.where(ring, first + length - 1, positions)
 
     def draft(self, seq: SeqId, tokens: list[int]) -> None:
         """Put proposed tokens behind the known ones, for one step; `commit` says what stays."""

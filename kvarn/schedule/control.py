@@ -7,10 +7,11 @@ The real engine and the simulator drive the same object; only the executor and t
     progress = control.apply(plan, result, now)
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from kvarn.core.errors import QueueFull
+from kvarn.core.keep import Keep
 from kvarn.core.output import EngineStats, FinishReason
 from kvarn.core.plan import Draft, SeqId, SpanResult, StepPlan, StepResult
 from kvarn.core.request import Request
@@ -18,6 +19,14 @@ from kvarn.core.seq import Seq, Status
 from kvarn.kv.manager import KVManager
 from kvarn.schedule import Scheduler
 from kvarn.schedule.planner import Planner, Queues
+
+#: what stays of a request's KV, by group; (): all of it
+Keeps = Callable[[Request], tuple[Keep, ...]]
+
+
+def keep_all(request: Request) -> tuple[Keep, ...]:
+    """Every position of every request."""
+    return ()
 
 
 @dataclass(slots=True)
@@ -56,10 +65,17 @@ class _Counters:
 class ControlPlane:
     """Requests, queues, pages and plans of one engine."""
 
-    def __init__(self, scheduler: Scheduler, kv: KVManager, capacity: Capacity) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        kv: KVManager,
+        capacity: Capacity,
+        keeps: Keeps = keep_all,
+    ) -> None:
         self.scheduler = scheduler
         self.kv = kv
         self.capacity = capacity
+        self.keeps = keeps
         self.budget = capacity.budget  #: positions of a step; lower after running out of memory
         self.max_seqs = capacity.max_seqs  #: sequences that run at once; likewise
         self.queues = Queues()
@@ -115,6 +131,7 @@ class ControlPlane:
             order=(request.priority, self._next_seq),
             generates=generates,
             stops=frozenset(stops),
+            keep=self.keeps(request) if generates else (),
         )
         self._next_seq += 1
         return seq
@@ -166,8 +183,10 @@ class ControlPlane:
         plan = StepPlan(self._step, stops=self._gone)
         self._gone = []
         self._step += 1
+        self.kv.settle()
         step = Planner(plan, self.queues, self.kv, self.budget, self.max_seqs, now)
         self.scheduler.plan(step, now)
+        step.compact()
         for seq_id in self._drafted:
             self.seqs[seq_id].draft = None
         self._drafted = []

@@ -14,7 +14,7 @@ from kvarn.core.request import Request
 from kvarn.core.seq import Seq
 from kvarn.kv.manager import KVManager
 from kvarn.schedule import Scheduler
-from kvarn.schedule.control import Capacity, ControlPlane, Progress
+from kvarn.schedule.control import Capacity, ControlPlane, Keeps, Progress
 
 Write = Callable[[dict[str, Any]], None]
 Result = TypeVar("Result")
@@ -24,9 +24,9 @@ class LoggedControl(ControlPlane):
     """The same decisions, and a record of each call from outside to `write`."""
 
     def __init__(
-        self, scheduler: Scheduler, kv: KVManager, capacity: Capacity, write: Write
+        self, scheduler: Scheduler, kv: KVManager, capacity: Capacity, keeps: Keeps, write: Write
     ) -> None:
-        super().__init__(scheduler, kv, capacity)
+        super().__init__(scheduler, kv, capacity, keeps)
         self._write = write
         self._depth = 0  # calls that this class makes of itself are consequences, not causes
 
@@ -105,7 +105,7 @@ def as_record(plan: StepPlan) -> dict[str, Any]:
 
     Of a start's request and known tokens, which other records hold, only the id and the number.
     """
-    return {
+    record = {
         "step": plan.step,
         "stops": list(plan.stops),
         "starts": [
@@ -116,3 +116,6 @@ def as_record(plan: StepPlan) -> dict[str, Any]:
         "copies": [[c.group, c.source, c.target] for c in plan.copies],
         "spans": [[s.seq, s.start, s.length, s.drafts, s.wants_logits] for s in plan.spans],
     }
+    if plan.compactions:
+        record["compactions"] = [[c.seq, c.group, c.kept, c.pages] for c in plan.compactions]
+    return record

@@ -8,6 +8,7 @@ ones, and read `running`, `waiting` and `budget`.
 from bisect import insort
 from collections.abc import Iterator
 
+from kvarn.core.keep import clamp
 from kvarn.core.plan import SeqStart, Span, StepPlan
 from kvarn.core.seq import Seq, Status
 from kvarn.kv.manager import KVManager
@@ -56,6 +57,7 @@ class Planner:
         self.preempted: list[Seq] = []
         self.admitted: list[Seq] = []
         self._queues = queues
+        self._whole: list[Seq] = []  # prompts that this step completes, and that go mostly
         self._watermark = [pages // 100 for pages in kv.pages]
 
     @property
@@ -76,13 +78,15 @@ class Planner:
         return bool(self._queues.waiting)
 
     def advance(self, seq: Seq, count: int) -> bool:
-        """Compute the next `count` positions of a running `seq` in this step.
+        """Compute the next `count` positions of a running `seq` in this step, or fewer.
 
         False when there was no room: later sequences are preempted for it, but never earlier ones;
         with nobody left to preempt, `seq` itself goes back to the queue. A draft is verified with
         the last of its known tokens, as far as budget and free pages go: nobody makes way for it.
         """
         start = seq.computed
+        if seq.keep:
+            count = clamp(seq.keep, seq.prompt_len, start, count)
         end = start + count
         if self.kv.has_windows:
             self.kv.slide(seq, start)
@@ -100,7 +104,14 @@ class Planner:
         self.budget -= count + drafts
         if end // self.kv.page_size > seq.published:
             self.kv.publish(seq, self.now)
+        if seq.keep and end == seq.prompt_len:
+            self._whole.append(seq)
         return True
+
+    def compact(self) -> None:
+        """Once all spans are known: the prompts that are whole shrink to what is kept of them."""
+        for seq in self._whole:
+            self.plan.compactions += self.kv.compact(seq, self.now)
 
     def _add_draft(self, seq: Seq, count: int) -> int:
         """Put as much of the draft of `seq` into the plan as there is room for; its length."""
@@ -157,6 +168,7 @@ class Planner:
                 list(seq.tokens),
                 seq.prompt_len,
                 [list(table) for table in seq.tables],
+                seq.keep,
             )
         )
         return True

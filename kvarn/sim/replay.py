@@ -26,6 +26,7 @@ from kvarn.cost.shape import StepShape, shape_of
 from kvarn.schedule.build import build_control
 from kvarn.schedule.control import Capacity, ControlPlane
 from kvarn.schedule.logged import as_record
+from kvarn.sparse.rules import NONE, Rules
 
 SHOWN = 5  #: differences kept for people
 
@@ -127,6 +128,7 @@ def _control(begin: dict[str, Any], path: str) -> ControlPlane:
         return build_control(
             groups, begin["pages"], options["page_size"], options["scheduler"], options["prefix"],
             options["evict"], Capacity(*limits),
+            keeps=Rules(groups, options["page_size"], options.get("sparsity", NONE)).keeps,
         )  # fmt: skip
     except _BAD as error:
         raise _error(path, 1, f"describes no engine: {error!r}") from error

@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kvarn.core.keep import ENDLESS, Keep
 from kvarn.core.model import GroupSpec
 from kvarn.core.part import find
 from kvarn.core.plan import StepPlan, StepResult
@@ -20,6 +21,15 @@ SYSTEM_PROMPTS = [[1] * 20, [1] * 12 + [2] * 20, [3] * 40, []]
 LAYOUTS = [(None,), (6,), (None, 10), (None, None, 7, 12)]
 
 
+#: by the request's `sparsity`, which says nothing else here; one rule for every group
+KEEPS = {
+    "small": Keep(10, 4),
+    "watched": Keep(16, 5, watch=3),
+    "all watched": Keep(13, 13, watch=ENDLESS),
+    "streamed": Keep(14, 9, streamed=True),
+}
+
+
 def make_control(
     prefix: str, evict: str, windows: tuple[int | None, ...], pages: int
 ) -> ControlPlane:
@@ -28,13 +38,24 @@ def make_control(
     if prefix != "none":
         index = find("prefix", prefix)(PAGE, windows, find("evict", evict)())  # type: ignore[call-arg]
     kv = KVManager(groups, [pages] * len(groups), PAGE, index)  # type: ignore[arg-type]
-    return ControlPlane(Continuous(), kv, Capacity(32, 8, 160, 10_000))
+
+    def keeps(request: Request) -> tuple[Keep, ...]:
+        if request.sparsity is None or any(windows):
+            return ()
+        return (KEEPS[request.sparsity],) * len(groups)
+
+    return ControlPlane(Continuous(), kv, Capacity(32, 8, 160, 10_000), keeps)
 
 
 def fake_result(plan: StepPlan, chance: random.Random) -> StepResult:
     """What a model would give: one token for each span that wants one."""
     tokens = [[chance.randint(5, 9)] if span.wants_logits else [] for span in plan.spans]
     return StepResult(plan.step, tokens)
+
+
+def writable(control: ControlPlane, page: int) -> bool:
+    """Whether nobody else may see what is written to a page of the first group."""
+    return control.kv.refs[0][page] == 1 and not control.kv.indexed[0][page]
 
 
 class Pages(RuleBasedStateMachine):
@@ -59,12 +80,17 @@ class Pages(RuleBasedStateMachine):
         outputs=st.integers(1, 60),
         n=st.sampled_from([1, 1, 2, 4]),
         priority=st.integers(0, 1),
+        keep=st.sampled_from([None, None, *KEEPS]),
     )
-    def add(self, system: list[int], own: list[int], outputs: int, n: int, priority: int) -> None:
+    def add(
+        self, system: list[int], own: list[int], outputs: int, n: int, priority: int,
+        keep: str | None,
+    ) -> None:  # fmt: skip
         name = f"r{len(self.ids)}"
         self.ids.append(name)
         sampling = SamplingParams(max_tokens=outputs, n=n, stop_token_ids=(9,))
-        self.control.add(Request(name, system + own, sampling, priority, self.now))
+        prompt = system + own
+        self.control.add(Request(name, prompt, sampling, priority, self.now, sparsity=keep))
 
     @rule(steps=st.integers(1, 8))
     def run(self, steps: int) -> None:
@@ -103,6 +129,13 @@ class Pages(RuleBasedStateMachine):
                 held = [page for page in table if page >= 0]
                 assert len(held) == len(set(held))
             assert seq.computed <= seq.capacity
+            for keep, table in zip(seq.keep[:1], seq.tables):
+                if seq.computed < keep.since(seq.prompt_len):
+                    assert len(table) * PAGE >= seq.computed
+                if seq.computed > keep.since(seq.prompt_len):
+                    assert len(table) == -(-keep.budget // PAGE)
+                    ring = table[(keep.budget - keep.recent) // PAGE :]
+                    assert all(writable(self.control, page) for page in ring)
 
     def teardown(self) -> None:
         if not hasattr(self, "control"):
@@ -125,7 +158,7 @@ TestPages.settings = settings(
 
 
 @pytest.mark.parametrize("prefix", ["hash", "radix", "none"])
-@pytest.mark.parametrize("windows", LAYOUTS)
+@pytest.mark.parametrize("windows", [*LAYOUTS, (None, None)])
 def test_ten_thousand_operations(prefix: str, windows: tuple[int | None, ...]) -> None:
     """A long life: no leak over 10,000 adds, aborts and steps together."""
     chance = random.Random(7)
@@ -140,7 +173,9 @@ def test_ten_thousand_operations(prefix: str, windows: tuple[int | None, ...]) -
             operations += 1
             prompt = chance.choice(SYSTEM_PROMPTS) + [chance.randint(5, 9)] * chance.randint(1, 30)
             sampling = SamplingParams(max_tokens=chance.randint(1, 50), n=chance.choice([1, 1, 3]))
-            control.add(Request(f"r{added}", prompt, sampling, chance.choice([0, 1]), now))
+            keep = chance.choice([None, *KEEPS])
+            priority = chance.choice([0, 1])
+            control.add(Request(f"r{added}", prompt, sampling, priority, now, sparsity=keep))
         if chance.random() < 0.03 and added:
             operations += 1
             control.abort(f"r{chance.randint(1, added)}", now)

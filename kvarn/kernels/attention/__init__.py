@@ -108,6 +108,14 @@ class AttentionBackend(Protocol):
         """Copy single slots inside one layer's cache: all are read, then all are written."""
         ...
 
+    def read(self, cache: Any, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V [n, Hkv, d] of slots [n]."""
+        ...
+
+    def write(self, cache: Any, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Put k and v [n, Hkv, d] into slots [n]."""
+        ...
+
 
 class GraphPlan(FusedPlan, Protocol):
     """A plan of fixed launches for at most `n_rows` spans of a few rows each, for CUDA graphs.

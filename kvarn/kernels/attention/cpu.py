@@ -262,3 +262,13 @@ class CPUAttention(Part):
         """See `AttentionBackend`."""
         flat = cache.flatten(0, 1)
         flat[targets] = flat[sources]
+
+    def read(self, cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """See `AttentionBackend`."""
+        found = cache.flatten(0, 1)[slots]
+        return found[:, 0], found[:, 1]
+
+    def write(self, cache: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """See `AttentionBackend`."""
+        flat = cache.flatten(0, 1)
+        flat[slots, 0], flat[slots, 1] = k.to(cache.dtype), v.to(cache.dtype)

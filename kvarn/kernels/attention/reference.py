@@ -123,3 +123,13 @@ class Reference(Part):
         for part in cache:
             flat = part.flatten(0, 1)
             flat[targets] = flat[sources]
+
+    def read(self, cache: tuple[Tensor, Tensor], slots: Tensor) -> tuple[Tensor, Tensor]:
+        """See `AttentionBackend`."""
+        k, v = (part.flatten(0, 1)[slots] for part in cache)
+        return k, v
+
+    def write(self, cache: tuple[Tensor, Tensor], slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """See `AttentionBackend`."""
+        for part, new in zip(cache, (k, v), strict=True):
+            part.flatten(0, 1)[slots] = new.to(part.dtype)

@@ -26,3 +26,18 @@ def move_slots(cache: Tensor, sources: Ints, targets: Ints) -> None:
     arrays = [sources // size, sources % size, targets // size, targets % size]
     page, at, new_page, new_at = upload(arrays, torch.int64, cache.device)
     cache[new_page, :, :, new_at] = cache[page, :, :, at]
+
+
+def read_slots(cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """K and V [n, Hkv, d] of slots [n] of such a cache."""
+    size = cache.shape[3]
+    found = cache[slots // size, :, :, slots % size]
+    return found[:, :, 0], found[:, :, 1]
+
+
+def write_slots(cache: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    """Put k and v [n, Hkv, d] into slots [n] of such a cache."""
+    size = cache.shape[3]
+    page, at = slots // size, slots % size
+    cache[page, :, 0, at] = k.to(cache.dtype)
+    cache[page, :, 1, at] = v.to(cache.dtype)

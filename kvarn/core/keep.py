@@ -1,0 +1,55 @@
+"""`Keep`: how many positions of a sequence's KV stay, and where the next ones go.
+
+A cache with a budget is a row of slots. While it grows, position p is in slot p. A prompt longer
+than the budget is computed whole; then `budget` of its positions move together into the first slots
+(which ones is the business of `kvarn.sparse`, and differs by layer and head). From then on the last
+`recent` slots are a ring: each new position takes the place of the oldest recent one. So slots have
+no order that attention would have to know of, and a cache never holds more than `budget` positions.
+"""
+
+from dataclasses import dataclass
+
+ENDLESS = 1 << 60
+
+
+@dataclass(slots=True, frozen=True)
+class Keep:
+    """The rule of one sequence in one KV group. [positions]"""
+
+    budget: int  #: slots
+    recent: int  #: the last of them, a ring
+    watch: int = 0  #: last positions of the prompt whose queries say what stays
+    streamed: bool = (
+        False  #: the ring begins with the first position that has no slot, prompt or not
+    )
+
+    def since(self, prompt_len: int) -> int:
+        """The first position that goes to the ring."""
+        return self.budget if self.streamed else max(self.budget, prompt_len)
+
+    def compacts(self, prompt_len: int) -> bool:
+        """Whether a prompt is computed whole before most of it goes."""
+        return not self.streamed and prompt_len > self.budget
+
+    def slots(self, prompt_len: int, computed: int, end: int) -> int:
+        """Slots for the positions up to `end`, or up to where the prompt will be compacted."""
+        whole = self.compacts(prompt_len) and computed < prompt_len
+        return min(end, prompt_len if whole else self.budget)
+
+    def shared(self, prompt_len: int) -> int:
+        """Leading positions that may be in the prefix index: dense, and never written again."""
+        if self.compacts(prompt_len):
+            return prompt_len
+        return self.budget - self.recent
+
+
+def clamp(keeps: tuple[Keep, ...], prompt_len: int, start: int, count: int) -> int:
+    """Of `count` positions from `start` on, those that one step may compute.
+
+    A step ends where a ring begins; in a ring positions come one by one, since each takes the place
+    of one that those before it still see.
+    """
+    for keep in keeps:
+        since = keep.since(prompt_len)
+        count = min(count, since - start if start < since else 1)
+    return count

@@ -1,0 +1,152 @@
+"""What is kept of prompts: watched while they are computed, moved together when they are whole.
+
+Each layer does it right after its own attention, so no more than one layer's keys are ever read
+twice. Which positions stay differs by layer and KV head; how many does not (within a group), so
+what stays is one table, and every later step is an ordinary one.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvarn.core.keep import Keep
+from kvarn.core.plan import Compaction, SeqId, SeqStart, StepPlan
+from kvarn.kernels.attention import AttentionBackend, AttentionPlan, Ints
+from kvarn.kernels.upload import upload
+from kvarn.runner.batch import Batch
+from kvarn.runner.image import Image
+from kvarn.sparse.part import OneShot, Prompt
+from kvarn.sparse.rules import Rules
+
+
+@dataclass(slots=True)
+class Kept:
+    """A sequence whose prompt will shrink."""
+
+    part: OneShot
+    keep: tuple[Keep, ...]
+    prompt_len: int
+    mass: dict[int, Tensor] = field(default_factory=dict)  #: by layer, until the prompt is whole
+    #: positions that stayed, ascending, by layer: [Hkv, budget]; what came later is in the ring
+    positions: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Watched:
+    """One span of a step, in one group: rows to see, and what to do when it is done."""
+
+    seq: Kept
+    first: int  #: flattened rows first .. last
+    last: int
+    start: int  #: position of the first
+    slots: Tensor  #: [positions so far] where their KV is
+    target: Tensor | None  #: [budget] where what stays goes; None: the prompt is not whole yet
+    keep: Keep
+
+
+class Keeping:
+    """The sequences of one runner that do not keep all."""
+
+    def __init__(self, rules: Rules, backend: AttentionBackend, image: Image) -> None:
+        self.rules = rules
+        self.backend = backend
+        self.image = image
+        self.seqs: dict[SeqId, Kept] = {}
+
+    def start(self, start: SeqStart) -> None:
+        """Remember a sequence, if anything of it will go."""
+        part = self.rules.part(start.request)
+        if isinstance(part, OneShot) and start.keep:
+            self.seqs[start.seq] = Kept(part, start.keep, start.prompt_len)
+
+    def stop(self, seq: SeqId) -> None:
+        """Forget a sequence."""
+        self.seqs.pop(seq, None)
+
+    def watched(self, plan: StepPlan, batch: Batch, device: torch.device) -> list[list[Watched]]:
+        """What this step must see, by group; [] almost always."""
+        if not self.seqs:
+            return []
+        groups: list[list[Watched]] = [[] for _ in self.image.tables]
+        moves = {(move.seq, move.group): move for move in plan.compactions}
+        for at, index in enumerate(batch.spans.tolist()):
+            span = plan.spans[index]
+            seq = self.seqs.get(span.seq)
+            if seq is None or span.start >= seq.prompt_len:
+                continue
+            end = span.start + span.length
+            for group, keep in enumerate(seq.keep):
+                begin = max(span.start, seq.prompt_len - keep.watch)
+                move = moves.get((span.seq, group))
+                if not keep.compacts(seq.prompt_len) or (move is None and begin >= end):
+                    continue
+                first = int(batch.indptr[at]) + begin - span.start
+                row = int(batch.rows[at])
+                slots, target = self._where(group, row, end, move, device)
+                last = int(batch.indptr[at + 1])
+                groups[group].append(Watched(seq, first, last, begin, slots, target, keep))
+        return groups if any(groups) else []
+
+    def _where(
+        self, group: int, row: int, end: int, move: Compaction | None, device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        """Slots of the positions up to `end`, and of what stays."""
+        size = self.image.page_size
+        pages = self.image.tables[group][row, : -(-end // size)]
+        arrays: list[Ints] = [_slots(pages, size, end)]
+        if move is not None:
+            arrays.append(_slots(move.pages, size, move.kept))
+        slots, *target = upload(arrays, torch.int64, device)
+        return slots, target[0] if target else None
+
+    def see(self, watched: Watched, layer: int, cache: Any, q: Tensor) -> None:
+        """One layer has attended with q [T, Hq, d], and its KV is in `cache`."""
+        seq = watched.seq
+        k, v = self.backend.read(cache, watched.slots)
+        if watched.last > watched.first:
+            mass = seq.part.observe(q[watched.first : watched.last], k, watched.start)
+            if layer in seq.mass:
+                before = seq.mass[layer]
+                mass[:, : before.shape[1]] += before
+            seq.mass[layer] = mass
+        if watched.target is not None:
+            prompt = Prompt(k, v, seq.mass.pop(layer, None), layer)
+            stays = chosen(seq.part.score(prompt), watched.keep, seq.part.sinks)
+            seq.positions[layer] = stays
+            at = stays.T.unsqueeze(-1).expand(-1, -1, k.shape[2])
+            self.backend.write(cache, watched.target, k.gather(0, at), v.gather(0, at))
+
+
+def _slots(pages: Any, size: int, count: int) -> Ints:
+    """The first `count` slots of a table."""
+    table = np.asarray(pages, np.int64)
+    return (table[:, None] * size + np.arange(size)).ravel()[:count]
+
+
+def chosen(scores: Tensor, keep: Keep, sinks: int) -> Tensor:
+    """Positions that stay, ascending: [Hkv, budget] of scores [Hkv, L], L > budget."""
+    heads, length = scores.shape
+    recent = length - keep.recent
+    best = scores[:, sinks:recent].topk(keep.budget - sinks - keep.recent, dim=1).indices + sinks
+    here = torch.arange(length, device=scores.device).expand(heads, -1)
+    return torch.cat([here[:, :sinks], best.sort(dim=1).values, here[:, recent:]], 1)
+
+
+@dataclass(slots=True)
+class WatchingPlan:
+    """An `AttentionPlan` of one layer that lets `Keeping` see its queries and keys."""
+
+    plain: AttentionPlan
+    keeping: Keeping
+    layer: int
+    watched: list[Watched]
+
+    def run(self, cache: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `AttentionPlan`."""
+        found = self.plain.run(cache, q, k, v)
+        for watched in self.watched:
+            self.keeping.see(watched, self.layer, cache, q)
+        return found

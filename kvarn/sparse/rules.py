@@ -1,0 +1,104 @@
+"""What is in force for a request: "part" or "part:field=value,...", from the engine or the request.
+
+The same rules decide in the engine, in a replay and in the simulator; only the engine also asks the
+parts to score anything.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any, cast
+
+from kvarn.core.errors import ConfigError, RequestError, nearest
+from kvarn.core.keep import Keep
+from kvarn.core.model import GroupSpec
+from kvarn.core.part import find
+from kvarn.core.request import Request
+from kvarn.sparse.part import Sparsity
+
+NONE = "none"
+
+
+@cache
+def parse(text: str) -> Sparsity | None:
+    """The part that `text` describes; None for "none"; what cannot be is a `ConfigError`."""
+    name, _, rest = text.partition(":")
+    if name == NONE and not rest:
+        return None
+    part: Any = find("sparsity", name)
+    kinds: dict[str, Any] = {f.name: type(f.default) for f in fields(part)}
+    given: dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        key, _, value = item.partition("=")
+        if key not in kinds:
+            raise ConfigError(f"sparsity {name!r} has no option {key!r}{nearest(key, kinds)}")
+        try:
+            given[key] = _switch(value) if kinds[key] is bool else kinds[key](value)
+        except (ValueError, KeyError):
+            raise ConfigError(
+                f"sparsity {name!r}: {key} must be of type {kinds[key].__name__}, not {value!r}"
+            ) from None
+    return cast(Sparsity, part(**given))
+
+
+def _switch(text: str) -> bool:
+    return {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}[
+        text.lower()
+    ]
+
+
+@dataclass(slots=True)
+class Rules:
+    """The engine's own part and what requests may ask for instead."""
+
+    groups: Sequence[GroupSpec]
+    page_size: int
+    default: str = NONE
+    drafts: bool = False  #: whether the engine speculates
+    deterministic: bool = False  #: whether it promises the same bits in any batch
+
+    def __post_init__(self) -> None:
+        self._checked(self.default)
+
+    def part(self, request: Request) -> Sparsity | None:
+        """What is in force for `request`."""
+        return parse(self.default if request.sparsity is None else request.sparsity)
+
+    def keeps(self, request: Request) -> tuple[Keep, ...]:
+        """What stays of its KV, by group; (): all of it."""
+        part = self.part(request)
+        if part is None:
+            return ()
+        found = [part.keep(group) for group in self.groups]
+        return tuple(keep for keep in found if keep is not None)
+
+    def check(self, request: Request) -> None:
+        """Refuse a request that asks for what this engine cannot do."""
+        if request.sparsity is None:
+            return
+        try:
+            self._checked(request.sparsity)
+        except ConfigError as error:
+            raise RequestError(str(error), param="sparsity", code="invalid_value") from None
+
+    def _checked(self, text: str) -> None:
+        part = parse(text)
+        if part is None:
+            return
+        part.check(self.page_size)
+        if any(part.keep(group) is not None for group in self.groups):
+            if any(group.window is not None for group in self.groups):
+                raise ConfigError(
+                    f"sparsity {part.name!r} cannot serve a model with sliding-window layers, "
+                    f"which drop positions by a rule of their own; sparsity=none does"
+                )
+            if self.deterministic:
+                raise ConfigError(
+                    f"sparsity {part.name!r} cannot run with deterministic: a step in which a "
+                    f"prompt is watched computes its layers in another way; leave one of them out"
+                )
+            if self.drafts:
+                raise ConfigError(
+                    f"sparsity {part.name!r} cannot run with speculation: a rejected draft has "
+                    f"already taken the places of older positions; use speculate=none"
+                )

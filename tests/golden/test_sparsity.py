@@ -1,0 +1,187 @@
+"""What stays is attended to exactly: compaction is a mask in a dense pass, pages the budget."""
+
+from typing import Any
+
+import pytest
+import torch
+from naive import dense_attend, naive_generate
+from torch import Tensor
+
+from kvarn.core.config import resolve
+from kvarn.core.errors import ConfigError, RequestError
+from kvarn.core.request import Request, SamplingParams
+from kvarn.engine.engine import Engine
+from kvarn.runner.keeping import Kept
+
+ONE_SHOT = ["sage-kv", "snapkv", "h2o", "knorm", "random", "streamingllm"]
+PROMPT = [(7 * i * i + 3 * i) % 97 for i in range(150)]
+
+
+def make_engine(folder: str, **options: Any) -> Engine:
+    given = {
+        "model": folder, "load": "random", "dtype": "float32", "pages": 200, "page_size": 4,
+        "max_len": 400, "budget": 64, "max_seqs": 8,
+    }  # fmt: skip
+    return Engine(resolve(given | options))
+
+
+def generate(
+    engine: Engine, prompt: list[int], n: int, **fields: Any
+) -> tuple[list[int], Kept | None]:
+    """Greedy tokens of one request, and what was kept of it."""
+    params = SamplingParams(max_tokens=n, temperature=0.0, ignore_eos=True)
+    engine.add(Request("r", prompt, params, **fields))
+    tokens: list[int] = []
+    kept = None
+    while engine.has_work:
+        for out in engine.step():
+            tokens += out.tokens
+        kept = next(iter(engine.executor.keeping.seqs.values()), kept)  # type: ignore[attr-defined]
+    return tokens, kept
+
+
+def masked_logits(engine: Engine, tokens: list[int], kept: Kept) -> Tensor:
+    """A dense pass in which rows after the prompt see what was kept, by layer and KV head."""
+    decoder, spec = engine.executor.decoder, engine.spec  # type: ignore[attr-defined]
+    n, total, keep = kept.prompt_len, len(tokens), kept.keep[0]
+    at = torch.arange(total)
+    causal = at <= at.unsqueeze(1)
+    recent = causal & (at > at.unsqueeze(1) - keep.recent)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        chosen = torch.zeros(spec.n_kv_heads, total, dtype=torch.bool)
+        chosen.scatter_(1, kept.positions[layer][:, : keep.budget - keep.recent], True)
+        seen = recent | chosen.unsqueeze(1)  # [Hkv, T, T]
+        seen[:, :n] = causal[:n]
+        group = spec.n_heads // spec.n_kv_heads
+        keys, values = (x.repeat_interleave(group, 1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, keys) * spec.scale
+        hidden = ~seen.repeat_interleave(group, 0)
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        return torch.einsum("hqk,khd->qhd", weights, values)
+
+    with torch.inference_mode():
+        hidden = decoder.forward(torch.tensor(tokens), torch.arange(total), attend)
+        logits: Tensor = decoder.logits(hidden)
+    return logits
+
+
+@pytest.mark.parametrize("name", ONE_SHOT)
+@pytest.mark.parametrize("attention", ["reference", "cpu", "auto"])
+def test_compaction_is_a_mask(tiny_folder: Any, name: str, attention: str) -> None:
+    """Greedy tokens through two rounds of the ring are the arg max of the masked dense pass."""
+    engine = make_engine(
+        tiny_folder("llama"), sparsity=f"{name}:budget=41", attention=attention, prefix="none"
+    )
+    tokens, kept = generate(engine, PROMPT, 60)
+    assert kept is not None and kept.positions[0].shape == (2, 41)
+    logits = masked_logits(engine, PROMPT + tokens, kept)
+    assert logits[len(PROMPT) - 1 : -1].argmax(-1).tolist() == tokens
+
+
+def test_logprobs_after_compaction(tiny_folder: Any) -> None:
+    """To 1e-4 in fp32, not only in the arg max."""
+    engine = make_engine(tiny_folder("llama"), sparsity="sage-kv:budget=40")
+    params = SamplingParams(max_tokens=50, temperature=0.0, ignore_eos=True, logprobs=1)
+    engine.add(Request("r", PROMPT, params))
+    tokens: list[int] = []
+    said: list[float] = []
+    kept = None
+    while engine.has_work:
+        for out in engine.step():
+            tokens += out.tokens
+            said += [entry.logprob for entry in out.logprobs or []]
+        kept = next(iter(engine.executor.keeping.seqs.values()), kept)  # type: ignore[attr-defined]
+    assert kept is not None
+    logits = masked_logits(engine, PROMPT + tokens, kept)[len(PROMPT) - 1 : -1]
+    wanted = logits.log_softmax(-1).gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(torch.tensor(said), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ONE_SHOT)
+def test_a_budget_that_holds_all_is_dense(tiny_folder: Any, name: str) -> None:
+    engine = make_engine(tiny_folder("llama"), sparsity=f"{name}:budget=200")
+    tokens, _ = generate(engine, PROMPT, 50)
+    decoder = engine.executor.decoder  # type: ignore[attr-defined]
+    assert tokens == naive_generate(decoder, engine.spec, PROMPT, 50)
+
+
+@pytest.mark.parametrize("prompt", [20, 150])
+def test_pages_are_the_budget(tiny_folder: Any, prompt: int) -> None:
+    """Through 360 tokens: 40 positions in 10 pages, once the prompt is whole."""
+    engine = make_engine(
+        tiny_folder("llama"), sparsity="sage-kv:budget=40", max_len=512, prefix="none"
+    )
+    params = SamplingParams(max_tokens=360, temperature=0.0, ignore_eos=True)
+    engine.add(Request("r", PROMPT[:prompt], params))
+    held = []
+    while engine.has_work:
+        engine.step()
+        if engine.control.queues.running and engine.control.queues.running[0].computed > max(
+            prompt, 40
+        ):
+            engine.control.kv.settle()
+            held.append(engine.control.kv.held(0))
+    assert len(held) > 300 and set(held) == {10}
+
+
+def test_streamed_prompts_are_a_window(tiny_folder: Any) -> None:
+    """Every position sees the sinks and the window, in the prompt too."""
+    engine = make_engine(tiny_folder("llama"), sparsity="streamingllm:budget=24,streamed=true")
+    tokens, _ = generate(engine, PROMPT, 30)
+    decoder, spec = engine.executor.decoder, engine.spec  # type: ignore[attr-defined]
+    everything = PROMPT + tokens
+    at = torch.arange(len(everything))
+    seen = (at <= at.unsqueeze(1)) & ((at > at.unsqueeze(1) - 20) | (at < 4))
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = (x.repeat_interleave(2, 1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, keys) * spec.scale
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        return torch.einsum("hqk,khd->qhd", weights, values)
+
+    with torch.inference_mode():
+        hidden = decoder.forward(torch.tensor(everything), at, attend)
+        logits = decoder.logits(hidden)
+    assert logits[len(PROMPT) - 1 : -1].argmax(-1).tolist() == tokens
+
+
+def test_dense_attend_is_what_the_masks_replace(tiny_folder: Any) -> None:
+    """The masked pass with everything kept is the dense pass."""
+    engine = make_engine(tiny_folder("llama"), sparsity="knorm:budget=149")
+    _, kept = generate(engine, PROMPT, 1)
+    assert kept is not None
+    kept.positions = {layer: torch.arange(150).expand(2, -1) for layer in kept.positions}
+    decoder = engine.executor.decoder  # type: ignore[attr-defined]
+    with torch.inference_mode():
+        hidden = decoder.forward(torch.tensor(PROMPT), torch.arange(150), dense_attend(engine.spec))
+    torch.testing.assert_close(masked_logits(engine, PROMPT, kept), decoder.logits(hidden))
+
+
+@pytest.mark.parametrize(
+    "family, options, words",
+    [
+        ("llama", {"sparsity": "sage-kv:budget=3"}, "raise budget"),
+        ("llama", {"sparsity": "sage-kv:budgets=300"}, "did you mean"),
+        ("llama", {"sparsity": "sagekv"}, "sage-kv"),
+        ("llama", {"sparsity": "sage-kv:budget=many"}, "type int"),
+        ("llama", {"sparsity": "streamingllm:recent=4"}, "must be 0"),
+        ("mistral", {"sparsity": "sage-kv"}, "sliding-window"),
+        ("llama", {"sparsity": "sage-kv", "speculate": "ngram"}, "speculate=none"),
+        ("llama", {"sparsity": "sage-kv", "deterministic": True}, "deterministic"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    tiny_folder: Any, family: str, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make_engine(tiny_folder(family), **options)
+
+
+def test_a_request_that_asks_for_nonsense_is_refused(tiny_folder: Any) -> None:
+    engine = make_engine(tiny_folder("llama"))
+    with pytest.raises(RequestError, match="known") as caught:
+        engine.add(Request("r", PROMPT, sparsity="nearest-neighbour"))
+    assert caught.value.param == "sparsity"
+    tokens, _ = generate(engine, PROMPT, 5)
+    assert len(tokens) == 5
