@@ -40,8 +40,6 @@ class KVManager:
         self.refs: list[list[int]] = [[0] * n for n in self.pages]
         self.indexed: list[bytearray] = [bytearray(n) for n in self.pages]
         self._idle: list[OrderedDict[PageId, None]] = [OrderedDict() for _ in self.pages]
-        #: pages that the step under way still reads, by group; nobody's after it
-        self._leaving: list[list[PageId]] = [[] for _ in self.pages]
 
     # what is there
 
@@ -150,11 +148,15 @@ class KVManager:
         return edits
 
     def compact(self, seq: Seq, now: float) -> list[Compaction]:
-        """Give a `seq` whose prompt is planned whole the tables of what stays of it."""
+        """Give a `seq` whose prompt is planned whole the tables of what stays of it.
+
+        The step still reads the pages that are free now, so nothing more may be planned into it.
+        """
         moves = []
         for group, keep in enumerate(seq.keep):
             if keep.compacts(seq.prompt_len):
-                self._leaving[group] += [page for page in seq.tables[group] if page != NO_PAGE]
+                for page in reversed(seq.tables[group]):
+                    self._let_go(group, page)
                 seq.tables[group], seq.spare[group] = seq.spare[group], []
                 pages = list(seq.tables[group])
                 moves.append(Compaction(seq.id, group, keep.budget, pages))
@@ -162,13 +164,6 @@ class KVManager:
             self._forget_prefix(seq, now)
             seq.capacity = ENDLESS
         return moves
-
-    def settle(self) -> None:
-        """The step that still read the pages of compacted prompts is launched: let them go."""
-        for group, pages in enumerate(self._leaving):
-            for page in reversed(pages):
-                self._let_go(group, page)
-            pages.clear()
 
     def _forget_prefix(self, seq: Seq, now: float) -> None:
         """What `seq` holds from here on is not what the prefix index has."""
@@ -307,7 +302,6 @@ class KVManager:
     def clear(self, now: float) -> int:
         """Drop every idle page from the prefix index; the number of pages given up."""
         dropped = 0
-        self.settle()
         for group in range(len(self.groups)):
             count = self.idle(group)
             dropped += count
@@ -381,7 +375,6 @@ class KVManager:
                 page for seq in seqs for page in (seq.tables or [[]] * len(self.groups))[group]
             )
             held.update(page for seq in seqs if seq.spare for page in seq.spare[group])
-            held.update(self._leaving[group])
             known = Counter(
                 page
                 for node in (self.index.nodes() if self.index else [])

@@ -183,7 +183,6 @@ class ControlPlane:
         plan = StepPlan(self._step, stops=self._gone)
         self._gone = []
         self._step += 1
-        self.kv.settle()
         step = Planner(plan, self.queues, self.kv, self.budget, self.max_seqs, now)
         self.scheduler.plan(step, now)
         step.compact()

@@ -120,7 +120,6 @@ def test_pages_are_the_budget(tiny_folder: Any, prompt: int) -> None:
         if engine.control.queues.running and engine.control.queues.running[0].computed > max(
             prompt, 40
         ):
-            engine.control.kv.settle()
             held.append(engine.control.kv.held(0))
     assert len(held) > 300 and set(held) == {10}
 
