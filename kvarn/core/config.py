@@ -50,6 +50,9 @@ class EngineConfig:
     draft_length: str = option("survival", "how many are drafted for whom: a part of `kvarn parts`")
     draft_tokens: int = option(8, "longest draft", "tokens")
     draft_model: str = option("", "speculate=draft: name or folder of the drafting model")
+    train_drafter: str = option(
+        "off", "the drafter learns from live traffic: off, on (a thread beside the steps), inline"
+    )
     synthetic_acceptance: float = option(
         0.0, "accept drafts with this probability instead of judging them: speed only, never output"
     )
@@ -141,6 +144,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "overlap": ("auto", "on", "off"),
     "graphs": ("auto", "on", "off"),
     "kv_dtype": ("auto", "fp8"),
+    "train_drafter": ("off", "on", "inline"),
 }
 
 
@@ -158,6 +162,11 @@ def _check(config: EngineConfig) -> None:
         )
     if config.synthetic_acceptance and config.load != "random":
         raise ConfigError("synthetic_acceptance gives nonsense for text: it needs load=random")
+    if config.train_drafter != "off" and config.speculate not in ("draft", "mix"):
+        raise ConfigError(
+            f"train_drafter={config.train_drafter} teaches a drafting model, and "
+            f"speculate={config.speculate} has none: it needs speculate=draft or mix"
+        )
     for name in ("page_size", "max_seqs", "tp", "draft_tokens"):
         if getattr(config, name) < 1:
             raise ConfigError(f"option {name!r} must be at least 1, got {getattr(config, name)}")

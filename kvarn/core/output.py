@@ -38,6 +38,22 @@ class Output:
 
 
 @dataclass(slots=True)
+class TrainerStats:
+    """Training of the drafter on live traffic; counters grow for ever, gauges are of now."""
+
+    failed: str = ""  #: why it has ended; "": it goes on
+    version: int = 0  #: of the drafter's weights, 0: those it began with
+    published: int = 0  #: versions that were put in force
+    rolled_back: int = 0  #: of those, taken back
+    acceptance_before: float = 0.0  #: of judged tokens, under the version before
+    acceptance: float = 0.0  #: of judged tokens, under this version, lately
+    lessons: int = 0  #: ended sequences that wait to be learnt from
+    dropped: int = 0  #: of those, lost for want of room
+    loss: float = 0.0  #: of the last update [nats]
+    seconds: float = 0.0  #: processor time taken [s]
+
+
+@dataclass(slots=True)
 class EngineStats:
     """A snapshot for metrics and `/server_info`; counters grow for ever, gauges are of now."""
 
@@ -54,3 +70,4 @@ class EngineStats:
     accepted_tokens: int = 0  #: of those, accepted
     steps: int = 0
     finished: dict[str, int] = field(default_factory=dict)  #: by finish reason
+    trainer: TrainerStats | None = None  #: None: the drafter does not learn

@@ -74,6 +74,7 @@ BUILT_IN: dict[tuple[str, str], str] = {
     ("sparsity", "h2o"): "kvarn.sparse.h2o:H2O",
     ("sparsity", "knorm"): "kvarn.sparse.knorm:KNorm",
     ("sparsity", "random"): "kvarn.sparse.random:Random",
+    ("trainer", "online-spec"): "kvarn.speculate.train.trainer:OnlineTrainer",
     ("attention", "reference"): "kvarn.kernels.attention.reference:Reference",
     ("attention", "cpu"): "kvarn.kernels.attention.cpu:CPUAttention",
     ("attention", "invariant"): "kvarn.kernels.attention.invariant:Invariant",

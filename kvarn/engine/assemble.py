@@ -14,6 +14,7 @@ from kvarn.core.model import GroupSpec, ModelSpec
 from kvarn.core.part import Cap, Part, find, solve
 from kvarn.core.validate import Limits
 from kvarn.engine.drafter import load_drafter
+from kvarn.engine.trainer import make_trainer
 from kvarn.kernels import native
 from kvarn.kernels.collective import ALONE, Collective
 from kvarn.kv.sizing import bytes_of, pages_by_group, pages_for_bytes
@@ -175,6 +176,8 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
             backend = parts["attention"]()
             proposer = drafter.proposer(config, backend, kv_kind, captured, draft_pages)
         speculation = build_speculation(config, proposer)
+        if config.train_drafter != "off" and drafter is not None and proposer is not None:
+            speculation.trainer = make_trainer(resolved, model, drafter, proposer, runner)
     limits = Limits(
         vocab=spec.vocab, max_len=config.max_len, has_tokenizer=model.tokenizer is not None
     )
@@ -211,6 +214,8 @@ def _choose_parts(resolved: Resolved, here: Cap) -> dict[str, Any]:
     if config.speculate != "none":
         parts["proposer"] = find("proposer", config.speculate)
         parts["draft-length"] = find("draft-length", config.draft_length)
+    if config.train_drafter != "off":
+        parts["trainer"] = find("trainer", "online-spec")
     elsewhere = parts["attention"].needs & (set(DEVICE_CAPS.values()) - {here})
     if elsewhere:
         wanted = next(iter(elsewhere))

@@ -14,6 +14,7 @@ from kvarn.kernels.attention import AttentionBackend
 from kvarn.kv.evict import Evict
 from kvarn.kv.manager import KVManager
 from kvarn.models.load import Model, load
+from kvarn.models.quantized.convert import Kind
 from kvarn.runner.factory import RunnerFactory
 from kvarn.runner.sampler import Sampler
 from kvarn.sparse.rules import Rules
@@ -28,6 +29,7 @@ class Drafter:
 
     model: Model
     groups: list[GroupSpec]
+    kind: Kind | None = None  #: of its own layers, where it shares the target's embedding
 
     def proposer(
         self,
@@ -62,11 +64,12 @@ class Drafter:
 
 def _sharing(config: EngineConfig, folder: Path, target: Model) -> Drafter:
     """A drafter that was trained for the target, and uses its embedding and output matrix."""
-    kind: Any = config.quantization if config.quantization in ("int8", "int4") else "none"
+    own = config.quantization if config.quantization in ("int8", "int4") else "none"
+    kind = cast(Kind, own)
     decoder = load_shared(folder, target, quantization=kind, deterministic=config.deterministic)
     model = replace(target, spec=decoder.spec, decoder=decoder, source=str(folder))
     model.weight_bytes = decoder.weight_bytes
-    return Drafter(model, decoder.spec.groups())
+    return Drafter(model, decoder.spec.groups(), kind)
 
 
 def load_drafter(resolved: Resolved, target: Model) -> Drafter:

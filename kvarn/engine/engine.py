@@ -98,6 +98,7 @@ class Engine:
         if not self.has_work:
             return []
         if self.speculation is not None:
+            self.speculation.between_steps(self.control)
             lengths = self.speculation.lengths(self.control)
             if lengths:
                 return self._step_drafted(self.speculation, lengths)
@@ -262,7 +263,10 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counters and gauges of now."""
-        return self.control.stats()
+        found = self.control.stats()
+        if self.speculation is not None and self.speculation.trainer is not None:
+            found.trainer = self.speculation.trainer.stats()
+        return found
 
     def reset_prefix_cache(self) -> bool:
         """Drop every cached prefix that nobody uses; True when none is left in use."""
@@ -278,6 +282,8 @@ class Engine:
         if self._in_flight is not None:
             _wait(self._in_flight[1])
             self._in_flight = None
+        if self.speculation is not None:
+            self.speculation.close()
         self.executor.close()
         if self.assembly.step_log is not None:
             self.assembly.step_log.close()

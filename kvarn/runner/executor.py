@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvarn.core.errors import ConfigError
 from kvarn.core.model import GroupSpec, ModelSpec
 from kvarn.core.plan import SeqStart, StepPlan, StepResult
 from kvarn.kernels.attention import AttentionBackend, PagedRows
@@ -22,6 +23,7 @@ from kvarn.runner.graphs import Graphs
 from kvarn.runner.image import Image
 from kvarn.runner.inflight import InFlight
 from kvarn.runner.keeping import Keeping, Watched, WatchingPlan
+from kvarn.runner.logprobs import most_likely
 from kvarn.runner.pieces import Pieces
 from kvarn.runner.pool import KVPool
 from kvarn.runner.sampler import Sampler, sample_on_gpu
@@ -94,6 +96,8 @@ class Runner:
         self.acceptance = acceptance  #: synthetic, for measurements; 0: drafts are judged
         #: whether trees are verified as such, not as chains
         self.trees = not deterministic and all(group.window is None for group in groups)
+        #: most likely tokens that the result keeps of each judged position; 0: nobody asks
+        self.alternatives = 0
         self.tap: Tap | None = None  #: sees every named point when set (eager research use)
         self._group_of = {layer: g for g, group in enumerate(groups) for layer in group.layers}
         self._flying: InFlight | None = None  # the step handed over last
@@ -110,6 +114,15 @@ class Runner:
     def run(self, plan: StepPlan) -> StepResult:
         """Execute one step: rows in and out, page copies, forward, sample."""
         return self._hand_over(plan).result()
+
+    def renew(self, decoder: Decoder) -> None:
+        """Compute with other weights of the same shape from the next step on.
+
+        Raises `ConfigError` where captured steps hold the addresses of the old ones.
+        """
+        if self.graphs is not None or self.pieces is not None:
+            raise ConfigError("captured steps keep their weights: start with graphs=off")
+        self.decoder = self.extras.decoder = decoder
 
     def close(self) -> None:
         """Let the thread end."""
@@ -232,6 +245,8 @@ class Runner:
         """The next token of every row of the logits [R, V], on the device if nobody has to see."""
         rows, lengths = batch.rows[batch.logits_spans], batch.lengths
         drafted = self._drafted(batch, logits.shape[1]) if batch.drafts else None
+        if self.alternatives and batch.drafts:
+            step.alternatives = most_likely(logits, self.alternatives)
         alone = drafted is None or drafted.drawn is None
         if self.state is not None and alone and self.sampler.plain(rows):
             arrays = self.sampler.parameters(rows, lengths)

@@ -28,6 +28,8 @@ class InFlight:
     batch: Batch | None = None
     owners: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     at: Ints = field(default_factory=lambda: np.zeros(0, np.int64))  #: where the tokens go
+    #: by row of the logits, before any rule or temperature; None: nobody asked
+    alternatives: list[list[tuple[int, float]]] | None = None
     _tokens: Tensor | None = None  #: on the host once `_done` has happened
     _done: torch.cuda.Event | None = None
     _settled: bool = False
@@ -118,6 +120,9 @@ class InFlight:
             ]
             self.image.commit(row, length, run.tokens)
             self.outcome.tokens[span] = run.tokens
+            if self.alternatives is not None and draft.tokens:
+                there = [self.alternatives[first + row] for row in run.rows]
+                self.outcome.alternatives[span] = there
             if first in sampled.logprobs:
                 extra = self.outcome.extras.setdefault(span, SpanResult())
                 extra.logprobs = [sampled.logprobs[first + row] for row in run.rows]

@@ -25,6 +25,15 @@ def logprobs(logits: Tensor, tokens: list[int], k: int) -> list[TokenLogprobs]:
     return found
 
 
+def most_likely(logits: Tensor, k: int) -> list[list[tuple[int, float]]]:
+    """The `k` most likely tokens of each row of `logits` [R, V] and their logprobs, best first."""
+    best = logits.topk(min(k, logits.shape[1]), dim=-1)
+    values = best.values - logits.logsumexp(-1, keepdim=True)
+    return [
+        list(zip(ids, row)) for ids, row in zip(best.indices.tolist(), values.tolist(), strict=True)
+    ]
+
+
 def _chunk(logits: Tensor, tokens: list[int], k: int) -> list[TokenLogprobs]:
     scores = logits.float().log_softmax(-1)
     chosen = scores.gather(1, torch.tensor(tokens, device=scores.device)[:, None])

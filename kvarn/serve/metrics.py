@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kvarn.core.output import EngineStats
+from kvarn.core.output import EngineStats, TrainerStats
 
 _FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.25, 2.5, 5, 10, 20, 40, 80, 160)
 _TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5)
@@ -52,6 +52,32 @@ class EngineState(Collector):
         }
         for name, (text, value) in counters.items():
             yield CounterMetricFamily(f"kvarn_{name}", text, value=value)
+        if s.trainer is not None:
+            yield from _of_trainer(s.trainer)
+
+
+def _of_trainer(s: TrainerStats) -> Iterator[Metric]:
+    """Training of the drafter on live traffic."""
+    gauges: dict[str, tuple[str, float]] = {
+        "drafter_training": ("1 while the drafter learns, 0 after an error", float(not s.failed)),
+        "drafter_version": ("version of the drafter's weights in force", s.version),
+        "drafter_acceptance_ratio": ("share of judged drafts accepted, lately", s.acceptance),
+        "drafter_acceptance_ratio_before": (
+            "share of judged drafts accepted, under the version before", s.acceptance_before,
+        ),
+        "drafter_lessons_waiting": ("ended sequences to be learnt from", s.lessons),
+        "drafter_loss_nats": ("loss of the last update", s.loss),
+    }  # fmt: skip
+    for name, (text, value) in gauges.items():
+        yield GaugeMetricFamily(f"kvarn_{name}", text, value=value)
+    counters: dict[str, tuple[str, float]] = {
+        "drafter_updates": ("versions of the drafter put in force", s.published),
+        "drafter_rollbacks": ("versions of the drafter taken back", s.rolled_back),
+        "drafter_lessons_dropped": ("ended sequences never learnt from", s.dropped),
+        "drafter_training_seconds": ("processor time taken by training", s.seconds),
+    }
+    for name, (text, value) in counters.items():
+        yield CounterMetricFamily(f"kvarn_{name}", text, value=value)
 
 
 class Metrics:

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from kvarn.core.plan import Draft, SeqId
+from kvarn.core.output import TrainerStats
+from kvarn.core.plan import Draft, SeqId, StepPlan, StepResult
 from kvarn.core.seq import Seq
 
-__all__ = ["Ask", "Costs", "Draft", "LengthControl", "Proposer", "Round", "Verified"]
+__all__ = ["Ask", "Costs", "Draft", "LengthControl", "Proposer", "Round", "Trainer", "Verified"]
 
 
 @dataclass(slots=True)
@@ -96,4 +97,31 @@ class Proposer(Protocol):
 
     def forget(self, seq: Seq) -> None:
         """The sequence has ended, with `seq.tokens` as they are."""
+        ...
+
+
+class Trainer(Protocol):
+    """Who teaches the proposer from what verification says. Nothing here may raise or wait long."""
+
+    def observe(self, plan: StepPlan, result: StepResult) -> None:
+        """A step came back; of spans with drafts, with the target's alternatives if asked for."""
+        ...
+
+    def forget(self, seq: Seq) -> None:
+        """The sequence has ended, with `seq.tokens` as they are."""
+        ...
+
+    def between_steps(self, busy: bool, now: float) -> None:
+        """No draft is being made or judged: new weights may be put in force.
+
+        `busy`: requests wait for a place; `now`: any steady clock [s].
+        """
+        ...
+
+    def stats(self) -> TrainerStats:
+        """Counters and gauges of now."""
+        ...
+
+    def close(self) -> None:
+        """Stop."""
         ...

@@ -7,7 +7,7 @@ from kvarn.core.plan import Draft, SeqId, StepPlan, StepResult
 from kvarn.core.seq import Seq
 from kvarn.schedule.control import ControlPlane
 from kvarn.speculate.costs import Measured
-from kvarn.speculate.part import Ask, LengthControl, Proposer, Round, Verified
+from kvarn.speculate.part import Ask, LengthControl, Proposer, Round, Trainer, Verified
 
 
 @dataclass(slots=True)
@@ -19,8 +19,14 @@ class Speculation:
     most: int  #: longest draft [tokens]
     clock: Callable[[], float]
     costs: Measured = field(default_factory=Measured)
+    trainer: Trainer | None = None
     _drafting: float = 0.0  #: seconds of the drafting that the step under way verifies
     _drafts: dict[SeqId, Draft] = field(default_factory=dict)  #: that it verifies
+
+    def between_steps(self, control: ControlPlane) -> None:
+        """Before a step is planned: nothing is drafted, and no draft waits for its judgement."""
+        if self.trainer is not None:
+            self.trainer.between_steps(bool(control.queues.waiting), self.clock())
 
     def lengths(self, control: ControlPlane) -> dict[SeqId, int]:
         """Tokens to draft for whom in this round; empty: a step as without speculation.
@@ -87,6 +93,8 @@ class Speculation:
         ]  # fmt: skip
         if all(span.wants_logits and span.length == span.drafts + 1 for span in plan.spans):
             self.costs.saw_step(plan.n_tokens, seconds - self._drafting)
+        if self.trainer is not None:
+            self.trainer.observe(plan, result)
         self.length.observe(records, seconds - self._drafting, self._drafting)
         self.proposer.observe(records)
         self._drafting, self._drafts = 0.0, {}
@@ -95,3 +103,10 @@ class Speculation:
         """The sequence has ended."""
         self.length.forget(seq.id)
         self.proposer.forget(seq)
+        if self.trainer is not None:
+            self.trainer.forget(seq)
+
+    def close(self) -> None:
+        """Stop what goes on beside the steps."""
+        if self.trainer is not None:
+            self.trainer.close()

@@ -19,6 +19,7 @@ from kvarn.core.plan import Draft, SeqId, SeqStart, Span, StepPlan
 from kvarn.core.request import SamplingParams
 from kvarn.core.seq import Seq
 from kvarn.kv.manager import KVManager
+from kvarn.models.decoder import Decoder
 from kvarn.runner.executor import Runner
 from kvarn.speculate.part import Ask, LengthControl, Verified
 
@@ -94,6 +95,18 @@ class DraftModel(Part):
         if seq.id in self._followers:
             self._drop(seq.id)
 
+    def renew(self, decoder: Decoder, keep_kv: bool) -> None:
+        """Draft with other weights from now on; not while it drafts.
+
+        Whatever KV is idle goes: it would serve new sequences for ever. With `keep_kv` sequences
+        that are followed keep theirs, made by the weights before; else they catch up from nothing.
+        """
+        if not keep_kv:
+            for seq_id in list(self._followers):
+                self._drop(seq_id)
+        self.kv.clear(self._now)
+        self.runner.renew(decoder)
+
     # followers
 
     def _follow(self, ask: Ask, plan: StepPlan, wanted: set[SeqId]) -> _Follower | None:
@@ -143,7 +156,9 @@ class DraftModel(Part):
             if mine != theirs:
                 break
             agreed += 1
-        seq.computed = min(seq.computed, known + agreed)
+        # the last token is fed again where its KV is there (its draft was not verified): its
+        # logits are what the next draft begins with
+        seq.computed = min(seq.computed, known + agreed, len(seq.tokens) - 1)
         if new:
             self.runner.image.commit(self.runner.image.row(seq.id), known, new)
         else:

@@ -65,13 +65,12 @@ def train(
     n_steps = max(1, round(how.epochs * len(samples) / how.batch))
     generator = torch.Generator().manual_seed(how.seed)
     source, done = batches(samples, how.batch, how.seed), Trained()
-    table = network.embed.bfloat16()
     for step in range(n_steps):
         for group in optimizer.param_groups:
             group["lr"] = how.rate * _warmth(step, n_steps, how.warmup)
         batch = next(source)
-        with torch.autocast("cpu", torch.bfloat16, enabled=_fast_bf16()):
-            loss = distillation_loss(network, table, batch, how.others, generator)
+        with autocast():
+            loss = distillation_loss(network, batch, how.others, generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         clip_grad_norm_(network.parameters(), how.clip)
@@ -90,8 +89,10 @@ def _warmth(step: int, n_steps: int, warmup: int) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, n_steps - warmup))
 
 
-def _fast_bf16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+def autocast() -> torch.autocast:
+    """Products in bf16 where the CPU has instructions for them."""
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.autocast("cpu", torch.bfloat16, enabled=fast)
 
 
 def batches(samples: Sequence[Sample], size: int, seed: int) -> Iterator[list[Sample]]:
@@ -112,18 +113,9 @@ def batches(samples: Sequence[Sample], size: int, seed: int) -> Iterator[list[Sa
 
 
 def distillation_loss(
-    network: Network,
-    table: Tensor,
-    batch: Sequence[Sample],
-    others: int,
-    generator: torch.Generator,
+    network: Network, batch: Sequence[Sample], others: int, generator: torch.Generator
 ) -> Tensor:
-    """Mean KL(target || drafter) over the batch's output positions [nats].
-
-    Logits are computed for the labels of the batch and for `others` more tokens, each of which
-    stands for many: the sum over the vocabulary is then an estimate without bias, for a small part
-    of the work. `table` [vocab, hidden] is the embedding in the format to multiply in.
-    """
+    """Mean KL(target || drafter) over the batch's output positions [nats]."""
     tokens = pad_sequence([sample.tokens for sample in batch], batch_first=True)
     states = network(tokens)
     # the state at a token foretells the next one
@@ -131,17 +123,29 @@ def distillation_loss(
         [states[i, s.prompt - 1 : s.prompt - 1 + len(s.top)] for i, s in enumerate(batch)]
     )
     labels = torch.cat([sample.top for sample in batch])
+    chosen = logprobs_of(network, wanted, labels, others, generator)
+    return divergence(torch.cat([sample.logprobs for sample in batch]), chosen).mean()
+
+
+def logprobs_of(
+    network: Network, states: Tensor, labels: Tensor, others: int, generator: torch.Generator
+) -> Tensor:
+    """The drafter's logprobs [n, TOP] of the tokens `labels` [n, TOP] at states [n, hidden].
+
+    Logits are computed for all labels and for `others` more tokens, each of which stands for many:
+    the sum over the vocabulary is then an estimate without bias, for a small part of the work.
+    """
     named, places = torch.unique(labels, return_inverse=True)
     rest = torch.ones(network.spec.vocab, dtype=torch.bool)
     rest[named] = False
     unnamed = rest.nonzero().squeeze(1)
     drawn = unnamed[torch.randperm(len(unnamed), generator=generator)[:others]]
-    logits = (wanted.to(table.dtype) @ table[torch.cat((named, drawn))].T).float()
+    table = network.embed[torch.cat((named, drawn))].bfloat16()
+    logits = (states.to(table.dtype) @ table.T).float()
     weight = torch.zeros(logits.shape[1])
     if len(drawn):
         weight[len(named) :] = math.log(len(unnamed) / len(drawn))
-    chosen = logits.gather(1, places) - (logits + weight).logsumexp(1, keepdim=True)
-    return divergence(torch.cat([sample.logprobs for sample in batch]), chosen).mean()
+    return logits.gather(1, places) - (logits + weight).logsumexp(1, keepdim=True)
 
 
 def divergence(target: Tensor, drafter: Tensor) -> Tensor:

@@ -1,18 +1,27 @@
 """Load a drafter: its own layers from a folder, embedding and output matrix from the target."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from kvarn.core.config import EngineConfig
-from kvarn.core.errors import ConfigError
+from kvarn.core.errors import ConfigError, ModelError
+from kvarn.core.model import ModelSpec
+from kvarn.kernels.linear.stored import Stored
 from kvarn.models.decoder import Decoder
 from kvarn.models.hf_config import spec_from_config
 from kvarn.models.json_file import read_json
 from kvarn.models.load import Model
 from kvarn.models.precision import linear_mode
 from kvarn.models.pull import ALIASES
-from kvarn.models.quantized.convert import Converted, Kind
+from kvarn.models.quantized.convert import Converted, Kind, Source
 from kvarn.models.safetensors_file import SafetensorsWeights
+from kvarn.models.weights import Part
+from kvarn.speculate.train.network import Network
 
 
 def shipped(name: str) -> Path | None:
@@ -29,6 +38,25 @@ def shares_embedding(folder: Path) -> bool:
     return path.is_file() and read_json(path).get("embedding") == "target"
 
 
+@dataclass(slots=True)
+class Held:
+    """`Weights` that are in memory."""
+
+    tensors: Mapping[str, Tensor]
+
+    def read(self, name: str, shape: tuple[int, ...], part: Part | None = None) -> Tensor:
+        """See `Weights.read`."""
+        found = self.tensors.get(name)
+        if found is None or tuple(found.shape) != shape:
+            there = "is missing" if found is None else f"has shape {list(found.shape)}"
+            raise ModelError(f"tensor {name!r} of a drafter {there}, expected {list(shape)}")
+        return found if part is None else found[part]
+
+    def stored(self, name: str, shape: tuple[int, ...]) -> Stored:
+        """See `Weights.stored`."""
+        return self.read(name, shape)
+
+
 def load_drafter(
     folder: Path, target: Model, *, quantization: Kind = "none", deterministic: bool = False
 ) -> Decoder:
@@ -38,6 +66,39 @@ def load_drafter(
     its device in its dtype; `quantization` is of its own layers. Raises `ConfigError` where the
     folder is no such drafter or the two do not fit, `ModelError` for broken files.
     """
+    spec = _spec(folder, target)
+    return make_drafter(spec, SafetensorsWeights(folder), target, quantization, deterministic)
+
+
+def make_drafter(
+    spec: ModelSpec, weights: Source, target: Model, quantization: Kind, deterministic: bool
+) -> Decoder:
+    """`load_drafter` from weights that are there."""
+    mode = linear_mode(EngineConfig(deterministic=deterministic), target.device, target.dtype, spec)
+    return Decoder(
+        spec,
+        Converted(weights, quantization, target.device),
+        dtype=target.dtype,
+        device=target.device,
+        mode=mode,
+        max_len=len(next(iter(target.decoder.ropes.values())).cos),
+        group=target.decoder.group,
+        share=target.decoder,
+    )
+
+
+def load_network(folder: Path, target: Model) -> Network:
+    """The drafter in `folder` as it can be trained; raises as `load_drafter` does."""
+    weights = SafetensorsWeights(folder)
+    network = Network(_spec(folder, target), target.decoder.embed)
+    with torch.no_grad():
+        for name, x in network.state_dict().items():
+            x.copy_(weights.read(name, tuple(x.shape)))
+    return network
+
+
+def _spec(folder: Path, target: Model) -> ModelSpec:
+    """The shape of the drafter in `folder`; it fits the target."""
     config = read_json(folder / "config.json")
     if config.get("embedding") != "target":
         raise ConfigError(
@@ -56,14 +117,4 @@ def load_drafter(
                 f"the drafter in {folder} has {what} of {own}, but {theirs.name} of {needed}; it "
                 f"shares the target's embedding, so it works only with the model it was made from"
             )
-    mode = linear_mode(EngineConfig(deterministic=deterministic), target.device, target.dtype, spec)
-    return Decoder(
-        spec,
-        Converted(SafetensorsWeights(folder), quantization, target.device),
-        dtype=target.dtype,
-        device=target.device,
-        mode=mode,
-        max_len=len(next(iter(target.decoder.ropes.values())).cos),
-        group=target.decoder.group,
-        share=target.decoder,
-    )
+    return spec

@@ -1,0 +1,199 @@
+"""Online speculation: the drafter learns from what verification says of its drafts (2310.07177).
+
+Verification computes the target's distribution at every judged position anyway; where a sequence
+ends, these are a lesson, and every few lessons are an update. New weights are made aside and put in
+force between two steps, when nothing is drafted and no draft waits for its judgement. The version
+before is kept, and comes back when the new one's drafts are accepted less (`Versions`).
+
+Output never depends on any of this: a draft is judged by the target whoever made it. So sequences
+that run keep the drafter's KV of the version before, which costs a little acceptance and saves
+their catching up; KV that waits for prefix hits goes, since it would stay for ever; and when a
+version is taken back all of its KV goes with it.
+
+Regime: traffic that differs from what the drafter was trained on, and stays so for hundreds of
+requests. Costs processor time that steps could have used, so it loses on a device that is busy.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvarn.core.output import TrainerStats
+from kvarn.core.part import Cap, Part
+from kvarn.core.plan import StepPlan, StepResult
+from kvarn.core.seq import Seq
+from kvarn.models.decoder import Decoder
+from kvarn.speculate.train.corpus import TOP
+from kvarn.speculate.train.lessons import Label, Lessons
+from kvarn.speculate.train.updater import Update, Updates, Weights
+from kvarn.speculate.train.versions import Versions
+from kvarn.speculate.train.worker import Worker
+
+log = logging.getLogger("kvarn.speculate")
+
+
+@dataclass(slots=True)
+class Pace:
+    """How often an update is made."""
+
+    interval: int = 8  #: sequences that end before the next, as in arXiv 2310.07177
+    share: float = 0.25  #: of one core, on average, at most; where updates are made in a thread
+
+
+class OnlineTrainer(Part):
+    """Called by the thread that steps, and by no other."""
+
+    name, kind, paper = "online-spec", "trainer", "2310.07177"
+    needs = frozenset({Cap.CPU_DEVICE})
+    regime = (
+        "Traffic unlike the drafter's training text, for hundreds of requests. Takes up to a "
+        "quarter of one core; loses where that core is needed for steps, and at rest where "
+        "nothing is drafted."
+    )
+
+    def __init__(
+        self,
+        updates: Updates,
+        worker: Worker,
+        weights: Weights,
+        renew: Callable[[Decoder, bool], None],
+        ask: Callable[[int], None],
+        pace: Pace | None = None,
+        versions: Versions | None = None,
+        lessons: Lessons | None = None,
+    ) -> None:
+        """`weights`: in force now; `renew(decoder, keep_kv)` puts others in force.
+
+        `ask(k)`: verification is to keep the target's k most likely tokens from now on.
+        """
+        self.updates, self.worker, self.renew, self.ask = updates, worker, renew, ask
+        self.pace = pace or Pace()
+        self.versions = versions or Versions()
+        self.lessons = lessons or Lessons()
+        self.failed = ""  #: why it has given up; "": it has not
+        self.loss = self.seconds = 0.0
+        self._weights = self._before = weights
+        self._made: Update | None = None  # waits until the version in force is known
+        self._stale = False  # what is being made follows from weights that were taken back
+        self._not_before = 0.0
+
+    # what comes in
+
+    def observe(self, plan: StepPlan, result: StepResult) -> None:
+        """A step came back."""
+        for i, span in enumerate(plan.spans):
+            tokens, tops = result.tokens[i], result.alternatives.get(i, ())
+            if not span.drafts or not tokens or self.failed:
+                continue
+            accepted = len(tokens) - 1
+            self.versions.saw(span.drafts, accepted)
+            first = span.start + span.length - span.drafts
+            labels = [
+                Label(
+                    first + at, at == accepted < span.drafts,
+                    [token for token, _ in top], [logprob for _, logprob in top],
+                )
+                for at, top in enumerate(tops)
+            ]  # fmt: skip
+            if labels:
+                self.lessons.add(span.seq, labels)
+
+    def forget(self, seq: Seq) -> None:
+        """The sequence has ended, with `seq.tokens` as they are."""
+        self.lessons.close(seq.id, seq.tokens)
+
+    # what goes out
+
+    def between_steps(self, busy: bool, now: float) -> None:
+        """No draft is being made or judged. `busy`: requests wait; `now`: any steady clock [s].
+
+        Raises nothing: an error ends the training, and takes back what is on trial.
+        """
+        if self.failed:
+            return
+        try:
+            self.worker.yields(busy)
+            self._judge()
+            self._receive(now)
+            self._begin(busy, now)
+            # a full buffer: what came now would push out what has not been learnt from
+            self.ask(TOP if len(self.lessons) < self.lessons.most else 0)
+        except Exception as error:
+            self._give_up(error)
+
+    def _judge(self) -> None:
+        """Take the version in force back where it does worse than the one before."""
+        if self.versions.verdict() == "roll back":
+            self._roll_back()
+
+    def _receive(self, now: float) -> None:
+        """Put in force what has been made, once the version in force is known."""
+        made = self.worker.result()
+        if made is not None:
+            self.loss, self.seconds = made.loss, self.seconds + made.seconds
+            self._not_before = now + made.seconds * (1.0 / self.pace.share - 1.0)
+            self._made = None if self._stale else made
+        if self._made is not None and self.versions.ready:
+            self.publish(self._made.weights)
+            self._made = None
+
+    def _begin(self, busy: bool, now: float) -> None:
+        """Start on the next update, where there are lessons enough and it is time."""
+        waits = self.worker.works or self._made is not None or busy or now < self._not_before
+        if waits or len(self.lessons) < self.pace.interval:
+            return
+        lessons, begin = self.lessons.take(), self._weights if self._stale else None
+        self._stale = False
+        self.worker.begin(lambda go_on: self.updates.update(lessons, begin, go_on))
+
+    def publish(self, weights: Weights) -> None:
+        """Put weights in force, on trial."""
+        version = self.versions.publish()
+        self._before, self._weights = self._weights, weights
+        self.renew(weights.decoder, True)
+        log.info(
+            "drafter version %d: %.2f nats; acceptance so far %.3f",
+            version, self.loss, self.versions.before,
+        )  # fmt: skip
+
+    def _roll_back(self) -> None:
+        worse, bad = self.versions.now.rate, self.versions.version
+        version = self.versions.roll_back()
+        self._weights, self._made, self._stale = self._before, None, True
+        self.renew(self._weights.decoder, False)
+        log.warning(
+            "drafter version %d taken back: acceptance %.3f after %.3f; version %d again",
+            bad, worse, self.versions.before, version,
+        )  # fmt: skip
+
+    def _give_up(self, error: Exception) -> None:
+        self.failed = f"{type(error).__name__}: {error}"
+        log.error("training of the drafter ends; drafts go on without", exc_info=error)
+        try:
+            self.ask(0)
+            if self.versions.on_trial:
+                self._roll_back()
+        except Exception:
+            log.exception("the drafter's version %d stays", self.versions.version)
+
+    # what is there
+
+    def stats(self) -> TrainerStats:
+        """Counters and gauges of now."""
+        versions = self.versions
+        return TrainerStats(
+            failed=self.failed,
+            version=versions.version,
+            published=versions.published,
+            rolled_back=versions.rolled_back,
+            acceptance_before=versions.before,
+            acceptance=versions.now.rate,
+            lessons=len(self.lessons),
+            dropped=self.lessons.dropped,
+            loss=self.loss,
+            seconds=self.seconds,
+        )
+
+    def close(self) -> None:
+        """Stop training; waits for the batch under way."""
+        self.worker.close()
