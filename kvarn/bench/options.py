@@ -122,6 +122,7 @@ class Fleet:
     pages: int = option(0, "KV pages, as an engine measured them; 0: by formula")
     scheduler: str = option("continuous", "part that forms the batch of each step")
     prefix: str = option("hash", "prefix index: hash, radix, none")
+    sparsity: str = option("none", "what stays of the KV: none, or a part, as the engine's option")
     evict: str = option("lru", "which cached prefix goes first: lru, lfu")
 
 

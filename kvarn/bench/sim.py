@@ -38,6 +38,7 @@ from kvarn.sim.heap import NS
 from kvarn.sim.instance import Instance
 from kvarn.sim.run import Outcome, Record, Tally
 from kvarn.sim.simulation import Simulation
+from kvarn.sparse.rules import Rules
 from kvarn.workload.trace import Trace
 
 UNLIMITED = 1 << 40  #: pages that no memory bounds
@@ -139,9 +140,11 @@ def make_control(fleet_: Fleet, spec: ModelSpec, trace: Trace) -> ControlPlane:
     pages = pages_by_group(groups, full, size, fleet_.budget, fleet_.max_seqs)
     longest = min(fleet_.max_len or spec.max_len, full * size)
     capacity = Capacity(fleet_.budget, fleet_.max_seqs, longest, fleet_.max_queue)
+    rules = Rules(groups, size, fleet_.sparsity)
     return build_control(
-        groups, pages, size, fleet_.scheduler, fleet_.prefix, fleet_.evict, capacity
-    )
+        groups, pages, size, fleet_.scheduler, fleet_.prefix, fleet_.evict, capacity,
+        keeps=rules.keeps,
+    )  # fmt: skip
 
 
 def pages_by_formula(fleet_: Fleet, spec: ModelSpec, size: int) -> int:

@@ -36,6 +36,10 @@ class Keep:
         whole = self.compacts(prompt_len) and computed < prompt_len
         return min(end, prompt_len if whole else self.budget)
 
+    def seen(self, prompt_len: int, start: int) -> int:
+        """Positions that the one at `start` attends to beside itself."""
+        return start if start < self.since(prompt_len) else self.budget - 1
+
     def shared(self, prompt_len: int) -> int:
         """Leading positions that may be in the prefix index: dense, and never written again."""
         if self.compacts(prompt_len):

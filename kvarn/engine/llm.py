@@ -74,15 +74,19 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         on_output: Callable[[Output], None] | None = None,
+        sparsity: str | None = None,
     ) -> list[Completion]:
-        """Continue each prompt (text or token ids); `on_output` sees every step's news."""
+        """Continue each prompt (text or token ids); `on_output` sees every step's news.
+
+        `sparsity`: what stays of the KV of these, where it is not what the engine was made with.
+        """
         batch = _as_list(prompts)
         if params is None:
             params = SamplingParams()
         each = [params] * len(batch) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(batch):
             raise RequestError(f"{len(batch)} prompts but {len(each)} sampling parameters")
-        requests = [self._request(p, sampling=s) for p, s in zip(batch, each)]
+        requests = [self._request(p, sampling=s, sparsity=sparsity) for p, s in zip(batch, each)]
         return self._run(requests, on_output)
 
     def chat(

@@ -5,8 +5,9 @@ each, in order. What such steps change is little (a token and a position for eac
 now and then), so a simulator need not form their plans. The real engine never coasts: it has
 tokens to wait for. A property test compares the books of both ways, page for page.
 
-Regime: one full-attention group (windows give pages back at every step) and schedulers that say
-`coasts`: their plan for such a state is what is done here, and they keep no state of their own.
+Regime: one full-attention group (windows give pages back at every step), sequences that keep all
+of their KV, and schedulers that say `coasts`: their plan for such a state is what is done here, and
+they keep no state of their own.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,8 @@ def can_coast(control: ControlPlane) -> int:
     most = 1 << 30
     for seq in running:
         if seq.pending or seq.todo != 1 or not seq.generates or seq.first_token_at is None:
+            return 0
+        if seq.keep:
             return 0
         most = min(most, seq.goal - len(seq.tokens))  # the step after these ends the sequence
         if most < 1:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from kvarn.core.errors import QueueFull
 from kvarn.core.keep import Keep
 from kvarn.core.output import EngineStats, FinishReason
-from kvarn.core.plan import Draft, SeqId, SpanResult, StepPlan, StepResult
+from kvarn.core.plan import Draft, SeqId, Span, SpanResult, StepPlan, StepResult
 from kvarn.core.request import Request
 from kvarn.core.seq import Seq, Status
 from kvarn.kv.manager import KVManager
@@ -318,6 +318,14 @@ class ControlPlane:
         self.kv.clear(now)
 
     # what is there
+
+    def context(self, span: Span) -> int:
+        """Positions that the first row of a planned `span` attends to beside itself, for prices."""
+        keeps = self.seqs[span.seq].keep
+        if not keeps:
+            return span.start
+        seq = self.seqs[span.seq]
+        return sum(keep.seen(seq.prompt_len, span.start) for keep in keeps) // len(keeps)
 
     def stats(self) -> EngineStats:
         """Counters and gauges."""

@@ -115,7 +115,9 @@ class Instance:
             plan = self.control.plan(now / NS)
             if not plan.spans:
                 return None
-            shape = shape_of((s.start, s.length, s.wants_logits) for s in plan.spans)
+            shape = shape_of(
+                (self.control.context(s), s.length, s.wants_logits) for s in plan.spans
+            )
             price = self.cost.step(shape)
             self._run = _Run(shape, now, [], [], [], plan)
             self._run.take(price, now)

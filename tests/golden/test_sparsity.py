@@ -44,12 +44,12 @@ def masked_logits(engine: Engine, tokens: list[int], kept: Kept) -> Tensor:
     """A dense pass in which rows after the prompt see what was kept, by layer and KV head."""
     decoder, spec = engine.executor.decoder, engine.spec  # type: ignore[attr-defined]
     n, total, keep = kept.prompt_len, len(tokens), kept.keep[0]
-    at = torch.arange(total)
+    at = torch.arange(total, device=decoder.device)
     causal = at <= at.unsqueeze(1)
     recent = causal & (at > at.unsqueeze(1) - keep.recent)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        chosen = torch.zeros(spec.n_kv_heads, total, dtype=torch.bool)
+        chosen = torch.zeros(spec.n_kv_heads, total, dtype=torch.bool, device=q.device)
         chosen.scatter_(1, kept.positions[layer][:, : keep.budget - keep.recent], True)
         seen = recent | chosen.unsqueeze(1)  # [Hkv, T, T]
         seen[:, :n] = causal[:n]
@@ -61,7 +61,7 @@ def masked_logits(engine: Engine, tokens: list[int], kept: Kept) -> Tensor:
         return torch.einsum("hqk,khd->qhd", weights, values)
 
     with torch.inference_mode():
-        hidden = decoder.forward(torch.tensor(tokens), torch.arange(total), attend)
+        hidden = decoder.forward(torch.tensor(tokens, device=decoder.device), at, attend)
         logits: Tensor = decoder.logits(hidden)
     return logits
 

@@ -84,6 +84,7 @@ async def _request(
         arrival=arrival,
         session=body.session,
         cache_salt=body.cache_salt,
+        sparsity=body.sparsity,
     )
 
 

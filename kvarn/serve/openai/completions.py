@@ -64,6 +64,7 @@ async def _requests(service: Service, body: CompletionRequest, arrival: float) -
             arrival=arrival,
             session=body.session,
             cache_salt=body.cache_salt,
+            sparsity=body.sparsity,
         )
         for ids in await prompts(service, body.prompt, body.add_special_tokens, "prompt")
     ]

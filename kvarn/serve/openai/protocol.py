@@ -154,6 +154,9 @@ class Sampling(Body):
     stream_options: StreamOptions | None = None
     priority: Int = Field(0, description="lower runs first")
     cache_salt: str = Field("", description="cached prefixes are shared with equal salts only")
+    sparsity: str | None = Field(
+        None, description="what stays of the KV: none, or a part, as name:field=value,..."
+    )
     session: str | None = Field(None, description="conversation or tenant, for scheduling policies")
     return_token_ids: bool = Field(False, description="`token_ids` beside every text")
     return_tokens_as_token_ids: bool = Field(False, description="logprobs name tokens by id")
