@@ -6,8 +6,9 @@
 fast; then 1,000 instances under Poisson arrivals with the lengths of Azure's 2023 conversation
 trace at 3,000 requests a second, for a few virtual seconds. Wall times are of one process.
 
-With --bars, error bars on the routers' ratios instead: 30 wrong time models that every router meets
-on the first requests of the trace and fewer instances (93 simulations of all of it take two hours).
+With --bars, error bars on the routers' ratios instead: 30 wrong time models, as wide as the errors
+of held-out steps on an H100, that every router meets on the first requests of the trace and fewer
+instances (93 simulations of all of it take two hours).
 """
 
 import argparse

@@ -54,7 +54,7 @@ class Draws:
 
     n: int = 30
     seed: int = 0
-    residuals: str | None = None  #: a validation's JSON; None: the published one
+    residuals: str | None = None  #: a validation's JSON; None: the device's published one
 
 
 @dataclass(slots=True)
@@ -123,7 +123,7 @@ def run(
     watch: Watch = lambda done, total: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Compare a fleet with itself under other values of one option (`varied`); the result."""
-    fleets, width = varied(fleet, vary), residuals.read(how.residuals)
+    fleets, width = varied(fleet, vary), residuals.read(how.residuals, fleet.device)
     trace = find_trace(work, traffic)
     found = compare(
         fleets,

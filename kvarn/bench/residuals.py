@@ -3,7 +3,8 @@
 Two kinds of file are read, told apart by their keys: `steps` (errors of single steps by regime, of
 benchmarks/validate_engine.py) and `points` (predicted and measured TTFT and TPOT, of
 benchmarks/validate_sim.py). Decode attention is as wrong as decode-only steps (TPOT), prefill
-attention as prefill-only ones (TTFT), and the terms of both as all together.
+attention as prefill-only ones (TTFT; mixed steps where a run had none), and the terms of both as
+all together.
 """
 
 import math
@@ -16,8 +17,11 @@ from kvarn.bench import record
 from kvarn.core.errors import ConfigError
 from kvarn.cost.perturb import TERMS
 
-#: what is read where no file is named: the validation that the source tree holds
-PUBLISHED = Path(__file__).parents[2] / "benchmarks" / "results" / "sim_validation.json"
+#: validations that the source tree holds
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+#: read where no file is named: held-out steps of that device; else the points of public runs
+PUBLISHED = {"h100": "sim_h100.json", "cpu": "sim_cpu.json"}
+OTHERS = "sim_validation.json"
 WIDEST = 3.0  #: log-deviations are looked for up to here
 
 
@@ -29,14 +33,15 @@ class Residuals:
     source: str
 
 
-def read(path: str | None) -> Residuals:
-    """Residuals of a file; by default of the published validation."""
-    if path is None and not PUBLISHED.is_file():
+def read(path: str | None, device: str = "") -> Residuals:
+    """Residuals of a file; by default of the published validation of the simulated device."""
+    published = RESULTS / PUBLISHED.get(device.lower(), OTHERS)
+    if path is None and not published.is_file():
         raise ConfigError(
             "no published residuals beside this installation; name the JSON of "
             "benchmarks/validate_engine.py or benchmarks/validate_sim.py with --residuals"
         )
-    name = path or str(PUBLISHED)
+    name = path or str(published)
     found = record.read(name)
     if isinstance(found.get("steps"), dict):
         sigma, kind = of_steps(found["steps"], name), "errors of single steps"
@@ -48,13 +53,16 @@ def read(path: str | None) -> Residuals:
 
 
 def of_steps(steps: dict[str, Any], name: str) -> dict[str, float]:
-    """Log-deviations out of the mean absolute errors by regime; 'all' where one is missing."""
+    """Log-deviations out of the mean absolute errors by regime, bias included."""
     try:
-        whole = steps["all"]["mape"]
-        mapes = {kind: steps.get(kind, steps["all"])["mape"] for kind in _REGIMES.values()}
-    except (KeyError, TypeError):
+        mapes = {kind: one["mape"] for kind, one in steps.items()}
+        known = {
+            term: next(mapes[kind] for kind in (*_REGIMES.get(term, ()), "all") if kind in mapes)
+            for term in TERMS
+        }
+    except (KeyError, TypeError, StopIteration):
         raise ConfigError(f"{name}: 'steps' lacks 'all' or an error's 'mape'") from None
-    return {term: sigma_of(mapes[_REGIMES[term]] if term in _REGIMES else whole) for term in TERMS}
+    return {term: sigma_of(mape) for term, mape in known.items()}
 
 
 def of_points(points: list[dict[str, Any]], name: str) -> dict[str, float]:
@@ -95,4 +103,5 @@ def _rms(values: list[float]) -> float:
     return math.sqrt(fmean(value * value for value in values))
 
 
-_REGIMES = {"decode": "decode-only", "prefill": "prefill-only"}
+#: steps that tell a term's error; the first kind that a validation has
+_REGIMES = {"decode": ("decode-only",), "prefill": ("prefill-only", "mixed")}

@@ -145,6 +145,18 @@ def test_steps_give_sigmas_by_regime(validation):
     assert found.source == "t2.json of 20260101-000000: errors of single steps"
 
 
+def test_without_a_file_the_device_decides_which_validation_counts():
+    for device, file in (("H100", "sim_h100"), ("CPU", "sim_cpu"), ("L40S", "sim_validation")):
+        assert residuals.read(None, device).source.startswith(f"{file}.json of ")
+
+
+def test_mixed_steps_stand_for_missing_prefill_only_ones():
+    steps = {"all": {"mape": 0.1}, "mixed": {"mape": 0.3}}
+    sigma = residuals.of_steps(steps, "x.json")
+    assert sigma["prefill"] == residuals.sigma_of(0.3)
+    assert sigma["decode"] == residuals.sigma_of(0.1)
+
+
 def test_points_give_the_root_mean_square_of_logs(tmp_path):
     def point(tpot, ttft):
         return {"measured": {"tpot": tpot, "ttft": ttft}, "predicted": {"tpot": 1.0, "ttft": 1.0}}
