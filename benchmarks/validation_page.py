@@ -8,7 +8,8 @@ Numbers come from benchmarks/results; a result that does not exist is named as n
 import json
 from typing import Any
 
-from table import RESULTS, ROOT, Lines, percent, sim_validation, table
+from cells import RESULTS, ROOT, Lines, percent, table
+from sim_sections import sim_validation
 
 PAGE = ROOT / "docs" / "simulator-validation.md"
 FAR = 0.30  #: a TTFT that is further off is listed

@@ -1,0 +1,96 @@
+"""Sections of docs/results.md on engines and kernels on a GPU."""
+
+from typing import Any
+
+from cells import Lines, cell, table
+
+#: what each load of the GPU yardstick should reach at least, and the goal
+TARGETS: dict[tuple[str, str], tuple[float, float]] = {
+    ("qwen3-0.6b", "W1"): (20e3, 24e3),
+    ("llama-3.2-1b", "W1"): (33e3, 40e3),
+    ("llama-3-8b", "W2"): (4100.0, 4500.0),
+    ("llama-3-8b", "W2 prefill"): (43e3, 46e3),
+    ("llama-3-8b", "W3"): (165.0, 185.0),
+    ("llama-3-8b", "W3 first token"): (0.011, 0.008),
+    ("llama-3-8b", "W4 warm"): (5000.0, 6500.0),
+    ("llama-3-8b", "Y3"): (10e3, 15e3),
+}
+
+UNITS = {"output_tok_s": "output tok/s", "input_tok_s": "input tok/s", "seconds": "s"}
+
+
+def gpu_engines(result: dict[str, Any]) -> Lines:
+    """Engines on a GPU: what was reached, the targets, and what the device allows."""
+    engines = list(dict.fromkeys(row["engine"] for row in result["results"]))
+    loads: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in result["results"]:
+        loads.setdefault((row["model"], row["load"]), {})[row["engine"]] = row
+    summary = []
+    for (model, load), by_engine in loads.items():
+        some = next(iter(by_engine.values()))
+        share = some["share"] if some["metric"] == "seconds" else 1 / some["share"]
+        reached = [by_engine[name]["value"] if name in by_engine else None for name in engines]
+        unit, target = UNITS[some["metric"]], TARGETS.get((model, load), (None, None))
+        summary.append([f"{load}, {some['title']}", model, unit, *reached, *target,
+                        some["value"] * share])  # fmt: skip
+    about = {start["engine"]: start["about"]["version"] for start in result["starts"]}
+    ceilings = result["ceilings"]
+    fp8 = f", fp8 {cell(ceilings['fp8_tflop_s'])}" if ceilings["fp8_tflop_s"] else ""
+    lines = [
+        "Random weights; medians of the repeats listed below, each the time of the whole call; "
+        f"{', '.join(f'{name} {version}' for name, version in about.items())}. Ceilings of the "
+        f"same run: reading {cell(ceilings['read_gb_s'])} GB/s, matrix products "
+        f"{cell(ceilings['matmul_tflop_s'])} TFLOP/s{fp8}. A floor reads weights and live KV every "
+        "step at that bandwidth, multiplies prompts at that rate, and has no host.",
+        "",
+        *table(["load", "shape", "unit", *engines, "at least", "goal", "floor"], summary),
+        "",
+        "Achieved, with all repeats in seconds:",
+        "",
+        *table(["load", "shape", "engine", "GB/s", "TFLOP/s", "% of the floor's speed", "repeats"],
+               [_achieved(row) for row in result["results"]]),
+        "",
+        "Start, until the first token, in seconds, in the order of the run; kernels that one start "
+        "compiled serve the later ones. kvarn's with its imports, vLLM's without:",
+        "",
+        *table(["engine", "start", "shape", "seconds", "stages"],
+               [_started(start) for start in result["starts"]]),
+    ]  # fmt: skip
+    for left in result["left_out"]:
+        lines += ["", f"Not measured: {left['engine']}, {left['setting']}: {left['why']}."]
+    return lines
+
+
+def _achieved(row: dict[str, Any]) -> list[Any]:
+    repeats = " ".join(f"{seconds:.4g}" for seconds in row["runs"])
+    return [row["load"], row["model"], row["engine"], row["read_gb_s"], row["tflop_s"],
+            100 * row["share"], repeats]  # fmt: skip
+
+
+def _started(start: dict[str, Any]) -> list[Any]:
+    stages = start["about"].get("startup", [])
+    told = ", ".join(f"{one['stage']} {cell(float(one['seconds']))}" for one in stages)
+    return [start["engine"], start["setting"], start["model"], start["start_s"], told or "-"]
+
+
+def gpu_attention(result: dict[str, Any]) -> Lines:
+    """Attention kernels alone."""
+    said = result["workload"]
+    cases: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    for row in result["results"]:
+        cases.setdefault((row["case"], row["dim"]), {})[row["kernel"]] = row
+    names = [
+        name for name in dict.fromkeys(row["kernel"] for row in result["results"])
+        if any("ms" in by_kernel[name] for by_kernel in cases.values() if name in by_kernel)
+    ]  # fmt: skip
+    rows = []
+    for (case, dim), found in cases.items():
+        unit = next(row["unit"] for row in found.values() if "unit" in row)
+        rows.append([case, dim, unit, *(found.get(name, {}).get("rate") for name in names)])
+    return [
+        f"bf16, {said['heads']}/{said['kv_heads']} heads; decodes 64 x 8192, prompts 4 x 8192; "
+        f"kvarn (KV write and merges included), flash3 and flashinfer on pages of {said['page']}, "
+        f"the others on contiguous KV; reading alone reaches {cell(result['read_gb_s'])} GB/s.",
+        "",
+        *table(["case", "head dim", "unit", *names], rows),
+    ]

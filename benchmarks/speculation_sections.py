@@ -1,0 +1,54 @@
+"""Sections of docs/results.md on speculation."""
+
+from typing import Any
+
+from cells import Lines, cell, table
+
+
+def speculation_batches(result: dict[str, Any]) -> Lines:
+    """Synthetic acceptance against batch size."""
+    batches = list(dict.fromkeys(row["batch"] for row in result["results"]))
+    kinds = list(dict.fromkeys(row["kind"] for row in result["results"]))
+    ratio = {(row["kind"], row["batch"]): row["ratio"] for row in result["results"]}
+    rows = [[kind, *(ratio.get((kind, batch)) for batch in batches)] for kind in kinds]
+    return [
+        f"{result['config']['model']}, random weights, **synthetic acceptance** (each draft is "
+        "accepted with the probability named) and drafts that cost nothing: output rate over that "
+        "without speculation in the same run, by batch size.",
+        "",
+        *table(["kind", *map(str, batches)], rows),
+    ]
+
+
+def drafter(result: dict[str, Any]) -> Lines:
+    """How far a drafter's chains are accepted."""
+    rows = [
+        [row["text"], row["chains"], *row["survival"], row["tokens_per_round"][3]]
+        for row in result["rows"]
+    ]
+    names = ["held-out text", "chains", *(f"first {k} stand" for k in range(1, 9))]
+    return [
+        f"The drafter of {result['config']['target']}: share of chains of which the first k "
+        "tokens are accepted (greedy: equal to the target's; sampled: by rejection sampling), and "
+        "tokens a round with 4 drafts.",
+        "",
+        *table([*names, "tokens with 4"], rows),
+    ]
+
+
+def reproduce(result: dict[str, Any]) -> Lines:
+    """A technique beside plain decoding and fixed lengths, on real text."""
+    found = {(row["setting"], row["text"], row["batch"]): row for row in result["results"]}
+    settings = list(dict.fromkeys(row["setting"] for row in result["results"]))
+    cases = list(dict.fromkeys((row["text"], row["batch"]) for row in result["results"]))
+    rows = [
+        [setting, *(f"{cell(found[setting, *case]['ratio'])}" for case in cases)]
+        for setting in settings
+    ]
+    return [
+        f"`kvarn reproduce {result['experiment']}`: {result['config']['model']}, greedy, "
+        f"{result['workload']['output']} tokens an answer; output rate over plain decoding, by "
+        "kind of text and batch size. All settings gave the same tokens.",
+        "",
+        *table(["setting", *(f"{text} x{batch}" for text, batch in cases)], rows),
+    ]
