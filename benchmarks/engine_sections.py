@@ -1,4 +1,4 @@
-"""Sections of docs/results.md on one engine: speed, latency, start-up, number formats, decisions."""
+"""Sections of docs/results.md on one engine: speed, latency, start, number formats, decisions."""
 
 from typing import Any
 
