@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cells import Lines, cell, columns, ratio, table
+from cells import Lines, cell, columns, percent, ratio, table
 
 
 def sim_routers(result: dict[str, Any]) -> Lines:
@@ -71,4 +71,55 @@ def sim_validation(result: dict[str, Any]) -> Lines:
         f"Scatter: [TPOT](img/sim_tpot.svg), [TTFT](img/sim_ttft.svg).",
         "",
         *table(list(picked.values()), rows),
+    ]
+
+
+WHY_SESSIONS = """*Queue* is simulated: one turn at a time, first come, first served; the least
+recently served gives way. The formula is a bound for any order of service and knows no waiting, so
+that the queue stays below it; but it has KV come back in every turn, where a first turn needs none
+back and a session that ends makes room, so that computing again serves more than it says. *Random*
+draws the thoughts from an exponential: some users then come back soon enough to find their KV,
+where in a fixed order least recently used is the worst choice. *Engine* is this engine's own
+scheduler and prefix cache, which keeps the prompts of ended sessions too, so that nobody's is left
+once more users are there than fit. The published figures are rounded, and were read second-hand."""
+
+
+def sessions(result: dict[str, Any]) -> Lines:
+    """Long-context sessions: published, by formula, simulated."""
+    said, knees = result["workload"], result["knees"]
+    fits = next(row["fits"] for row in knees if "engine_simulated" in row)
+    kinds = {
+        "swap": "swapped", "recompute": "computed again", "random": "again, random",
+        "engine": "again, engine",
+    }  # fmt: skip
+    picked = {"users": "users"}
+    for key, name in kinds.items():
+        if f"{key}_formula" in knees[0]:
+            picked[f"{key}_formula"] = f"{name}: formula"
+        picked[f"{key}_simulated"] = f"{name}: queue" if key in ("swap", "recompute") else name
+        picked[f"{key}_missed"] = "missed"
+    rows = [[row.get(key) for key in picked] for row in knees if row["fits"] == fits]
+    worked = [[one["measure"], one["context"], one["published"], one["ours"]]
+              for one in result["published"]]  # fmt: skip
+    links = [[one["context"], one["predicted"] / 1e9, one["simulated"] / 1e9, percent(one["error"])]
+             for one in result["crossover"]]  # fmt: skip
+    same = sum(one["said"] == one["simulated"] for one in result["techniques"])
+    return [
+        f"`kvarn reproduce {result['experiment']}`: {result['config']['model']} on "
+        f"{result['config']['device']} at peak; {said['context']} tokens of prompt, "
+        f"{said['turns']} turns of {said['answer']}, {said['think']:g} s of thought. Sessions an "
+        f"hour where the KV of {fits} users fits, and the share of later turns whose KV had gone:",
+        "",
+        *table(list(picked.values()), rows),
+        "",
+        WHY_SESSIONS,
+        "",
+        "Host link at which swapping serves as many sessions as computing again:",
+        "",
+        *table(["context", "2K/T_pre GB/s", "simulated GB/s", "error"], links),
+        "",
+        f"{same} of {len(result['techniques'])} techniques help the channels in simulation that "
+        "the taxonomy names, and no others. The worked example (arXiv 2405.08944):",
+        "",
+        *table(["Yi-34B-200K on an A100", "context", "published", "cost model"], worked),
     ]

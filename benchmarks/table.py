@@ -35,6 +35,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "reproduce": ("Speculation on real text", speculation.reproduce),
     "sim_routers": ("Routers in simulation", sim.sim_routers),
     "policies": ("Routers in simulation, with error bars", sim.policies),
+    "reproduce-sessions": ("Sessions of long contexts", sim.sessions),
     "sim_validation": ("Simulated and measured serving", sim.sim_validation),
     "scheduler_overhead": ("Time of the decisions", engine.scheduler_overhead),
 }

@@ -4,8 +4,10 @@ from typing import Annotated
 
 import typer
 
-Name = Annotated[str, typer.Argument(help="suffix-decoding, gammatune")]
-Model = Annotated[str, typer.Option("--model", help="name, folder or file of the model")]
+Name = Annotated[str, typer.Argument(help="suffix-decoding, gammatune, deployment-challenges")]
+Model = Annotated[
+    str | None, typer.Option("--model", help="name, folder or file (default: the experiment's own)")
+]
 ToFile = Annotated[str | None, typer.Option("--json", metavar="FILE", help="write the result")]
 
 
@@ -14,11 +16,12 @@ def add_reproduce(app: typer.Typer) -> None:
     app.command("reproduce")(_reproduce)
 
 
-def _reproduce(name: Name, model: Model = "smollm2-135m", json: ToFile = None) -> int:
-    """Compare a technique with plain decoding and its best static rivals, in one run."""
-    from kvarn.bench import record, reproduce
+def _reproduce(name: Name, model: Model = None, json: ToFile = None) -> int:
+    """A technique beside its rivals or beside what was published, in one run."""
+    from kvarn.bench import experiments, record
 
-    result = reproduce.run(name, model)
-    print("\n".join(reproduce.lines(result)))
+    experiment = experiments.find(name)
+    result = experiment.run(model or experiment.model)
+    print("\n".join(experiment.lines(result)))
     record.write(result, json)
     return 0

@@ -1,0 +1,36 @@
+"""Experiments of `kvarn reproduce` by name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+from kvarn.core.errors import ConfigError, nearest
+
+
+@dataclass(slots=True, frozen=True)
+class Experiment:
+    """What is run, and how its result is told."""
+
+    run: Callable[[str], dict[str, Any]]  #: the result, with a model by name
+    lines: Callable[[dict[str, Any]], list[str]]  #: a result for people
+    model: str  #: taken where none is named
+
+
+#: experiments in modules of their own, with `run(model)` and `lines(result)`, and their models
+MODULES = {"deployment-challenges": ("kvarn.bench.session_study", "llama-3.1-8b")}
+
+
+def find(name: str) -> Experiment:
+    """The experiment of that name."""
+    if name in MODULES:
+        path, model = MODULES[name]
+        module = import_module(path)
+        return Experiment(module.run, module.lines, model)
+    from kvarn.bench import reproduce
+
+    if name not in reproduce.EXPERIMENTS:
+        known = [*reproduce.EXPERIMENTS, *MODULES]
+        raise ConfigError(f"unknown experiment {name!r}{nearest(name, known)}")
+    return Experiment(partial(reproduce.run, name), reproduce.lines, "smollm2-135m")
