@@ -19,9 +19,8 @@ class Keep:
     budget: int  #: slots
     recent: int  #: the last of them, a ring
     watch: int = 0  #: last positions of the prompt whose queries say what stays
-    streamed: bool = (
-        False  #: the ring begins with the first position that has no slot, prompt or not
-    )
+    turns: bool = False  #: what is before the ring is written again at every step
+    streamed: bool = False  #: the ring begins at `budget`, in the midst of a prompt too
 
     def since(self, prompt_len: int) -> int:
         """The first position that goes to the ring."""
@@ -44,7 +43,7 @@ class Keep:
         """Leading positions that may be in the prefix index: dense, and never written again."""
         if self.compacts(prompt_len):
             return prompt_len
-        return self.budget - self.recent
+        return 0 if self.turns else self.budget - self.recent
 
 
 def clamp(keeps: tuple[Keep, ...], prompt_len: int, start: int, count: int) -> int:

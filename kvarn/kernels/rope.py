@@ -63,6 +63,14 @@ class Rope:
         return Angles(cos, sin, (cos.to(self.dtype), sin.to(self.dtype)))
 
 
+def turned(x: Tensor, table: Rope, by: Tensor) -> Tensor:
+    """Rotated x [n, s, H, d] rotated further by `by` [n] positions (int64), in x's dtype."""
+    cos, sin = (part.index_select(0, by)[:, None, None] for part in (table.cos, table.sin))
+    wide = x.float()
+    half = x.shape[-1] // 2
+    return (wide * cos + wide.roll(half, -1) * sin).to(x.dtype)
+
+
 def apply(q: Tensor, k: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
     """Rotate q [T, Hq, d] and k [T, Hkv, d]; the inputs stay as they are.
 

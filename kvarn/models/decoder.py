@@ -86,6 +86,10 @@ class Decoder:
         )
         return {False: full, True: local}
 
+    def rotary(self, layer: int) -> rope.Rope:
+        """The rotary table that a layer turns by."""
+        return self.ropes[self._is_local(layer)]
+
     def _is_local(self, layer: int) -> bool:
         """Which rotary table the layer turns by."""
         return True in self.ropes and self.spec.window(layer) is not None

@@ -29,6 +29,7 @@ from kvarn.runner.pool import KVPool
 from kvarn.runner.sampler import Sampler, sample_on_gpu
 from kvarn.runner.state import DeviceState
 from kvarn.runner.trees import is_tree, path, straightened
+from kvarn.runner.turning import Turning
 from kvarn.runner.verify import Drafted, drawn
 from kvarn.sparse.rules import Rules
 
@@ -90,6 +91,8 @@ class Runner:
         self.image = Image(max_seqs, len(groups), page_size)
         self.extras = Extras(decoder, self.image)
         self.keeping = Keeping(rules or Rules(groups, page_size), backend, self.image)
+        ropes = [decoder.rotary(layer) for layer in range(self.spec.n_layers)]
+        self.turning = Turning(backend, pool, self.image, ropes)
         self.state = state
         self.graphs = graphs
         self.pieces = pieces
@@ -145,6 +148,7 @@ class Runner:
                 before.result()  # rules look at the tokens so far
             batch = build(plan.spans, self.image, self.spec, self.groups, self.state, plan.drafts)
             step.expect(batch)
+            self.turning.turn(batch)
             self._compute(batch, step, self.keeping.watched(plan, batch, self.decoder.device))
             for move in plan.compactions:
                 self.image.compact(move)
@@ -160,6 +164,7 @@ class Runner:
             if row is not None:
                 self.sampler.stop(row)
                 self.extras.stop(row)
+                self.turning.stop(row)
         for start in plan.starts:
             self._start(start)
         for edit in plan.edits:
@@ -173,7 +178,9 @@ class Runner:
 
     def _start(self, start: SeqStart) -> None:
         row = self.image.start(start)
-        self.keeping.start(start)
+        kept = self.keeping.start(start)
+        if kept is not None and kept.part.turns:
+            self.turning.start(row, kept.part.sinks)
         request = start.request
         params = request.sampling
         key = start.seq if params.seed is None else start.index

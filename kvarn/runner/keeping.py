@@ -56,11 +56,12 @@ class Keeping:
         self.image = image
         self.seqs: dict[SeqId, Kept] = {}
 
-    def start(self, start: SeqStart) -> None:
+    def start(self, start: SeqStart) -> Kept | None:
         """Remember a sequence, if anything of it will go."""
         part = self.rules.part(start.request)
         if isinstance(part, OneShot) and start.keep:
             self.seqs[start.seq] = Kept(part, start.keep, start.prompt_len)
+        return self.seqs.get(start.seq)
 
     def stop(self, seq: SeqId) -> None:
         """Forget a sequence."""
@@ -105,7 +106,7 @@ class Keeping:
     def see(self, watched: Watched, layer: int, cache: Any, q: Tensor) -> None:
         """One layer has attended with q [T, Hq, d], and its KV is in `cache`."""
         seq = watched.seq
-        k, v = self.backend.read(cache, watched.slots)
+        k = self.backend.keys(cache, watched.slots)
         if watched.last > watched.first:
             mass = seq.part.observe(q[watched.first : watched.last], k, watched.start)
             if layer in seq.mass:
@@ -113,11 +114,11 @@ class Keeping:
                 mass[:, : before.shape[1]] += before
             seq.mass[layer] = mass
         if watched.target is not None:
-            prompt = Prompt(k, v, seq.mass.pop(layer, None), layer)
+            prompt = Prompt(k, seq.mass.pop(layer, None), layer)
             stays = chosen(seq.part.score(prompt), watched.keep, seq.part.sinks)
             seq.positions[layer] = stays
-            at = stays.T.unsqueeze(-1).expand(-1, -1, k.shape[2])
-            self.backend.write(cache, watched.target, k.gather(0, at), v.gather(0, at))
+            k, v = self.backend.read(cache, watched.slots[stays.T])
+            self.backend.write(cache, watched.target, k, v)
 
 
 def _slots(pages: Any, size: int, count: int) -> Ints:

@@ -19,8 +19,8 @@ def attention_mass(q: "Tensor", k: "Tensor", start: int) -> "Tensor":
     for first in range(0, len(q), BLOCK):
         rows = q[first : first + BLOCK].float()
         n = len(rows)
-        folded = rows.view(n, heads, -1, dim).permute(1, 2, 0, 3)  # [Hkv, G, n, d]
-        scores = folded @ keys.unsqueeze(1) * dim**-0.5
+        folded = rows.view(n, heads, -1, dim).permute(1, 2, 0, 3).flatten(1, 2)  # [Hkv, G n, d]
+        scores = (folded @ keys * dim**-0.5).view(heads, -1, n, length)
         hidden = scores.new_ones(n, length).triu(start + first + 1).bool()
         chances = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         total += chances.sum(2).mean(1)

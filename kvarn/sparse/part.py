@@ -9,7 +9,7 @@
 Numbers are decided on the left (`keep`: so the simulator admits as the engine does), contents on
 the right (`observe`, `score`), on tensors whose methods are all that is used here.
 
-Shapes: q [t, Hq, d] and k, v [L, Hkv, d] of one layer and one sequence, rotated as cached.
+Shapes: q [t, Hq, d] and k [L, Hkv, d] of one layer and one sequence, rotated as cached.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,6 @@ class Prompt:
     """A prompt whose KV is all there, in one layer."""
 
     k: "Tensor"  #: [L, Hkv, d]
-    v: "Tensor"
     mass: "Tensor | None"  #: [Hkv, L] fp32: attention of the watched rows, as `observe` summed it
     layer: int
 
@@ -61,6 +60,11 @@ class OneShot(Sparsity):
     recent: int = 0  #: and the last; 0: a quarter of the budget
 
     watch: ClassVar[int] = 0  #: last rows of the prompt whose attention is summed up
+
+    @property
+    def turns(self) -> bool:
+        """Whether queries see the sinks at their place in the cache, not in the text."""
+        return False
 
     def keep(self, group: GroupSpec) -> Keep:
         """See `Sparsity`."""

@@ -4,6 +4,9 @@ Keeps the first `sinks` positions and a ring of the last `window`, whatever they
 is longer is computed whole and then drops its middle; with `streamed` it goes through the ring
 position by position, as text that never ends would.
 
+Positions count inside the cache: a query sees the sinks as if the middle had never been, so no
+distance exceeds the budget. Recent keys stay as they are stored; the sinks' are turned along.
+
 Regime: endless chats and logs whose middle is never asked for. Nothing can be recalled from it.
 """
 
@@ -28,14 +31,24 @@ class StreamingLLM(OneShot):
     regime: ClassVar[str] = "endless streams whose middle is never asked for; recalls nothing of it"
 
     sinks: int = 4
+    positions: str = "cache"  #: of the sinks, as the query sees them: in the cache, or in the text
     streamed: bool = False  #: the prompt too goes through the ring
 
     def keep(self, group: GroupSpec) -> Keep:
         """See `Sparsity`: all but the sinks is recent."""
-        return Keep(self.budget, self.budget - self.sinks, 0, self.streamed)
+        return Keep(self.budget, self.budget - self.sinks, 0, self.turns, self.streamed)
+
+    @property
+    def turns(self) -> bool:
+        """Whether the sinks move along with the query."""
+        return self.positions == "cache" and self.sinks > 0
 
     def check(self, page_size: int) -> None:
         """See `Sparsity`."""
+        if self.positions not in ("cache", "text"):
+            raise ConfigError(
+                f"sparsity 'streamingllm': positions={self.positions!r} must be cache or text"
+            )
         if not 0 <= self.sinks < self.budget or self.recent:
             raise ConfigError(
                 f"sparsity 'streamingllm': budget={self.budget} is sinks={self.sinks} and a window "

@@ -4,17 +4,21 @@ from typing import Any
 
 import pytest
 import torch
-from naive import dense_attend, naive_generate
+from golden.naive import dense_attend, naive_generate
 from torch import Tensor
 
 from kvarn.core.config import resolve
 from kvarn.core.errors import ConfigError, RequestError
 from kvarn.core.request import Request, SamplingParams
 from kvarn.engine.engine import Engine
+from kvarn.kernels.rope import turned
 from kvarn.runner.keeping import Kept
 
 ONE_SHOT = ["sage-kv", "snapkv", "h2o", "knorm", "random", "streamingllm"]
 PROMPT = [(7 * i * i + 3 * i) % 97 for i in range(150)]
+
+
+TEXT = {"streamingllm": ",positions=text"}  #: masks alone say what is attended to
 
 
 def make_engine(folder: str, **options: Any) -> Engine:
@@ -71,7 +75,10 @@ def masked_logits(engine: Engine, tokens: list[int], kept: Kept) -> Tensor:
 def test_compaction_is_a_mask(tiny_folder: Any, name: str, attention: str) -> None:
     """Greedy tokens through two rounds of the ring are the arg max of the masked dense pass."""
     engine = make_engine(
-        tiny_folder("llama"), sparsity=f"{name}:budget=41", attention=attention, prefix="none"
+        tiny_folder("llama"),
+        sparsity=f"{name}:budget=41{TEXT.get(name, '')}",
+        attention=attention,
+        prefix="none",
     )
     tokens, kept = generate(engine, PROMPT, 60)
     assert kept is not None and kept.positions[0].shape == (2, 41)
@@ -124,19 +131,30 @@ def test_pages_are_the_budget(tiny_folder: Any, prompt: int) -> None:
     assert len(held) > 300 and set(held) == {10}
 
 
-def test_streamed_prompts_are_a_window(tiny_folder: Any) -> None:
-    """Every position sees the sinks and the window, in the prompt too."""
-    engine = make_engine(tiny_folder("llama"), sparsity="streamingllm:budget=24,streamed=true")
+@pytest.mark.parametrize("positions", ["text", "cache"])
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("attention", ["reference", "cpu", "auto"])
+def test_sinks_and_window(tiny_folder: Any, positions: str, streamed: bool, attention: str) -> None:
+    """Rows after the budget (or the prompt) see a window, and the sinks at their place."""
+    engine = make_engine(
+        tiny_folder("llama"), attention=attention,
+        sparsity=f"streamingllm:budget=24,streamed={streamed},positions={positions}",
+    )  # fmt: skip
     tokens, _ = generate(engine, PROMPT, 30)
     decoder, spec = engine.executor.decoder, engine.spec  # type: ignore[attr-defined]
     everything = PROMPT + tokens
     at = torch.arange(len(everything))
-    seen = (at <= at.unsqueeze(1)) & ((at > at.unsqueeze(1) - 20) | (at < 4))
+    since = 24 if streamed else len(PROMPT)
+    causal = at <= at.unsqueeze(1)
+    seen = causal & ((at > at.unsqueeze(1) - 20) | (at < 4) | (at < since).unsqueeze(1))
+    ahead = torch.where(at < since, 0, at - 23) if positions == "cache" else torch.zeros_like(at)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = (x.repeat_interleave(2, 1) for x in (k, v))
-        scores = torch.einsum("qhd,khd->hqk", q, keys) * spec.scale
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        scores = torch.einsum("qhd,khd->hqk", q, keys)
+        sinks = turned(keys[:4].expand(len(at), -1, -1, -1), decoder.rotary(layer), ahead)
+        scores[:, :, :4] = torch.einsum("qhd,qkhd->hqk", q, sinks)
+        weights = (scores * spec.scale).masked_fill(~seen, -torch.inf).softmax(-1)
         return torch.einsum("hqk,khd->qhd", weights, values)
 
     with torch.inference_mode():

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from golden.test_sparsity import ONE_SHOT, PROMPT, generate, make_engine, masked_logits
+from golden.test_sparsity import ONE_SHOT, PROMPT, TEXT, generate, make_engine, masked_logits
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,8 +17,8 @@ pytestmark = [
 @pytest.mark.parametrize("overlap", ["off", "on"])
 def test_compaction_is_a_mask(tiny_folder: Any, name: str, graphs: str, overlap: str) -> None:
     engine = make_engine(
-        tiny_folder("llama"), sparsity=f"{name}:budget=41", device="cuda", graphs=graphs,
-        overlap=overlap, prefix="none",
+        tiny_folder("llama"), sparsity=f"{name}:budget=41{TEXT.get(name, '')}", device="cuda",
+        graphs=graphs, overlap=overlap, prefix="none",
     )  # fmt: skip
     tokens, kept = generate(engine, PROMPT, 60)
     assert kept is not None

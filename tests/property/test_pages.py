@@ -27,6 +27,7 @@ KEEPS = {
     "watched": Keep(16, 5, watch=3),
     "all watched": Keep(13, 13, watch=ENDLESS),
     "streamed": Keep(14, 9, streamed=True),
+    "turning": Keep(16, 7, turns=True),
 }
 
 

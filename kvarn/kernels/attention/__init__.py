@@ -108,8 +108,12 @@ class AttentionBackend(Protocol):
         """Copy single slots inside one layer's cache: all are read, then all are written."""
         ...
 
+    def keys(self, cache: Any, slots: Tensor) -> Tensor:
+        """K [n, Hkv, d] of slots [n]."""
+        ...
+
     def read(self, cache: Any, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V [n, Hkv, d] of slots [n]."""
+        """K and V [n, Hkv, d] of slots [n, Hkv], which may be others for each head."""
         ...
 
     def write(self, cache: Any, slots: Tensor, k: Tensor, v: Tensor) -> None:

@@ -263,10 +263,14 @@ class CPUAttention(Part):
         flat = cache.flatten(0, 1)
         flat[targets] = flat[sources]
 
+    def keys(self, cache: Tensor, slots: Tensor) -> Tensor:
+        """See `AttentionBackend`."""
+        return cache.flatten(0, 1)[slots, 0]
+
     def read(self, cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """See `AttentionBackend`."""
-        found = cache.flatten(0, 1)[slots]
-        return found[:, 0], found[:, 1]
+        flat, heads = cache.flatten(0, 1), torch.arange(cache.shape[3])
+        return flat[slots, 0, heads], flat[slots, 1, heads]
 
     def write(self, cache: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """See `AttentionBackend`."""

@@ -12,7 +12,13 @@ from kvarn.core.errors import ConfigError
 from kvarn.core.part import Cap, Part
 from kvarn.kernels import native
 from kvarn.kernels.attention import Ints, PagedRows
-from kvarn.kernels.attention.storage import move_slots, read_slots, write_slots, zeros
+from kvarn.kernels.attention.storage import (
+    keys_of_slots,
+    move_slots,
+    read_slots,
+    write_slots,
+    zeros,
+)
 
 BLOCK = 96  #: rows of one item of work, the query heads of a KV head counted as rows
 
@@ -143,6 +149,10 @@ class NativeAttention(Part):
     def move(self, cache: Tensor, sources: Ints, targets: Ints) -> None:
         """See `AttentionBackend`."""
         move_slots(cache, sources, targets)
+
+    def keys(self, cache: Tensor, slots: Tensor) -> Tensor:
+        """See `AttentionBackend`."""
+        return keys_of_slots(cache, slots)
 
     def read(self, cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """See `AttentionBackend`."""

@@ -124,9 +124,14 @@ class Reference(Part):
             flat = part.flatten(0, 1)
             flat[targets] = flat[sources]
 
+    def keys(self, cache: tuple[Tensor, Tensor], slots: Tensor) -> Tensor:
+        """See `AttentionBackend`."""
+        return cache[0].flatten(0, 1)[slots]
+
     def read(self, cache: tuple[Tensor, Tensor], slots: Tensor) -> tuple[Tensor, Tensor]:
         """See `AttentionBackend`."""
-        k, v = (part.flatten(0, 1)[slots] for part in cache)
+        heads = torch.arange(cache[0].shape[2])
+        k, v = (part.flatten(0, 1)[slots, heads] for part in cache)
         return k, v
 
     def write(self, cache: tuple[Tensor, Tensor], slots: Tensor, k: Tensor, v: Tensor) -> None:

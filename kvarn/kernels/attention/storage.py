@@ -28,11 +28,18 @@ def move_slots(cache: Tensor, sources: Ints, targets: Ints) -> None:
     cache[new_page, :, :, new_at] = cache[page, :, :, at]
 
 
-def read_slots(cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """K and V [n, Hkv, d] of slots [n] of such a cache."""
+def keys_of_slots(cache: Tensor, slots: Tensor) -> Tensor:
+    """K [n, Hkv, d] of slots [n] of such a cache."""
     size = cache.shape[3]
-    found = cache[slots // size, :, :, slots % size]
-    return found[:, :, 0], found[:, :, 1]
+    return cache[slots // size, :, 0, slots % size]
+
+
+def read_slots(cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """K and V [n, Hkv, d] of slots [n, Hkv] of such a cache."""
+    size = cache.shape[3]
+    heads = torch.arange(cache.shape[1], device=cache.device)
+    page, at = slots // size, slots % size
+    return cache[page, heads, 0, at], cache[page, heads, 1, at]
 
 
 def write_slots(cache: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:

@@ -10,7 +10,7 @@ from kvarn.core.errors import ConfigError
 from kvarn.core.part import Cap, Part
 from kvarn.kernels.attention import Ints, PagedRows
 from kvarn.kernels.attention.layout import Heads
-from kvarn.kernels.attention.storage import move_slots, read_slots, write_slots
+from kvarn.kernels.attention.storage import keys_of_slots, move_slots, read_slots, write_slots
 from kvarn.kernels.attention.triton_graph import GraphTritonPlan, Key, key_of
 from kvarn.kernels.attention.triton_plan import TritonPlan
 from kvarn.kernels.upload import upload
@@ -97,6 +97,10 @@ class TritonAttention(Part):
     def move(self, cache: Tensor, sources: Ints, targets: Ints) -> None:
         """See `AttentionBackend`."""
         move_slots(cache, sources, targets)
+
+    def keys(self, cache: Tensor, slots: Tensor) -> Tensor:
+        """See `AttentionBackend`."""
+        return keys_of_slots(cache, slots)
 
     def read(self, cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """See `AttentionBackend`."""

@@ -1,0 +1,97 @@
+"""Sinks at their place in the cache: keys turned before each step (arXiv 2309.17453, section 3.2).
+
+StreamingLLM counts positions inside the cache, so that no distance exceeds what the model was
+trained for. Rotations only know distances, and dropping the middle changes those to the sinks
+alone: these few keys move along with the query, everything else stays as it is stored.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvarn.core.model import GroupSpec
+from kvarn.kernels.attention import AttentionBackend, Ints
+from kvarn.kernels.rope import Rope, turned
+from kvarn.kernels.upload import upload
+from kvarn.runner.batch import Batch
+from kvarn.runner.image import Image
+from kvarn.runner.pool import KVPool
+
+
+@dataclass(slots=True)
+class Turning:
+    """The sinks of one runner's sequences, as they were computed, and where they are now."""
+
+    backend: AttentionBackend
+    pool: KVPool
+    image: Image
+    ropes: list[Rope]  #: by layer
+    sinks: dict[int, int] = field(default_factory=dict)  #: number by image row
+    _fresh: set[int] = field(default_factory=set)  # rows whose sinks have never been turned
+    #: by layer and number of sinks: K and V of every image row, [rows, sinks, Hkv, d] each
+    _saved: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def start(self, row: int, sinks: int) -> None:
+        """The sequence in `row` has this many."""
+        self.sinks[row] = sinks
+        self._fresh.add(row)
+
+    def stop(self, row: int) -> None:
+        """The sequence in `row` leaves."""
+        self.sinks.pop(row, None)
+        self._fresh.discard(row)
+
+    def turn(self, batch: Batch) -> None:
+        """Before a step: the sinks of each row that is in its ring, up to where its query is."""
+        if not self.sinks:
+            return
+        mine = [i for i, row in enumerate(batch.rows.tolist()) if self.sinks.get(row)]
+        for count in {self.sinks[int(batch.rows[i])] for i in mine}:
+            some = [i for i in mine if self.sinks[int(batch.rows[i])] == count]
+            rows, positions = batch.rows[some], batch.ends[some] - 1
+            for index, group in enumerate(self.pool.groups):
+                self._turn(index, group, count, rows, positions)
+        self._fresh -= {int(batch.rows[i]) for i in mine if self._in_ring(batch, i)}
+
+    def _in_ring(self, batch: Batch, at: int) -> bool:
+        row = int(batch.rows[at])
+        return bool((batch.ends[at] - 1 >= self.image.rings[:, row, 0]).any())
+
+    def _turn(self, index: int, group: GroupSpec, count: int, rows: Ints, positions: Ints) -> None:
+        since, first, length = self.image.rings[index, rows].T
+        ring = positions >= since
+        if not ring.any():
+            return
+        rows, ahead = rows[ring], (positions - (first + length - 1))[ring]
+        table, size = self.image.tables[index], self.image.page_size
+        at = np.arange(count)
+        slots = table[rows[:, None], at // size].astype(np.int64) * size + at % size
+        new = np.array([row in self._fresh for row in rows.tolist()])
+        device = self.ropes[0].cos.device
+        where, which, shift, fresh = upload(
+            [slots, rows, ahead, np.flatnonzero(new)], torch.int64, device
+        )
+        for layer in group.layers:
+            cache = self.pool.cache[layer]
+            keys, values = self._of(layer, count, group)
+            if len(fresh):
+                found = where[fresh].flatten().unsqueeze(1).expand(-1, group.n_kv_heads)
+                k, v = self.backend.read(cache, found)
+                keys[which[fresh]] = k.view(len(fresh), count, *k.shape[1:])
+                values[which[fresh]] = v.view(len(fresh), count, *v.shape[1:])
+            k = turned(keys[which], self.ropes[layer], shift)
+            self.backend.write(cache, where.flatten(), k.flatten(0, 1), values[which].flatten(0, 1))
+
+    def _of(self, layer: int, count: int, group: GroupSpec) -> tuple[Tensor, Tensor]:
+        """Where the sinks of a layer are remembered."""
+        key = (layer, count)
+        if key not in self._saved:
+            shape = (len(self.image.owner), count, group.n_kv_heads, group.head_dim)
+            device = self.ropes[0].cos.device
+            self._saved[key] = (
+                torch.zeros(shape, dtype=self.pool.dtype, device=device),
+                torch.zeros(shape, dtype=self.pool.dtype, device=device),
+            )
+        return self._saved[key]
