@@ -4,6 +4,8 @@ from typing import Any
 
 from cells import Lines, cell, table
 
+from kvarn.bench import online_spec as online
+
 
 def speculation_batches(result: dict[str, Any]) -> Lines:
     """Synthetic acceptance against batch size."""
@@ -33,6 +35,30 @@ def drafter(result: dict[str, Any]) -> Lines:
         "tokens a round with 4 drafts.",
         "",
         *table([*names, "tokens with 4"], rows),
+    ]
+
+
+def online_spec(result: dict[str, Any]) -> Lines:
+    """A drafter that learns while the subject changes."""
+    said, quarters = result["workload"], online.QUARTERS
+    settings = ["frozen, 2 tokens", *result["training"]]
+    phases = [f"{phase}: {what}" for phase in said["phases"] for what in ("rate", "steps")]
+    return [
+        f"`kvarn reproduce online-spec`: {result['config']['model']}, greedy, "
+        f"{said['requests']} requests a phase, {said['batch']} at once, up to {said['output']} "
+        "tokens an answer. All settings gave the same tokens. Share of the drafts' first tokens "
+        f"that stand, by phase and quarter of it ({said['requests'] // quarters} requests):",
+        "",
+        *table(["phase", "quarter", *settings], online.curves(result, settings, 0)),
+        "",
+        "Of the second tokens, where the first stood:",
+        "",
+        *table(["phase", "quarter", *settings], online.curves(result, settings, 1)),
+        "",
+        "Over plain decoding, training included: output rate, and how many times fewer steps; "
+        "versions put in force, taken back, and the share of the time that training took:",
+        "",
+        *table(["setting", *phases, "versions", "taken back", "training"], online.speeds(result)),
     ]
 
 

@@ -33,6 +33,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "speculation_batches": ("Speculation against batch size", speculation.speculation_batches),
     "drafter": ("The drafter of SmolLM2", speculation.drafter),
     "reproduce": ("Speculation on real text", speculation.reproduce),
+    "online_spec": ("A drafter that learns", speculation.online_spec),
     "sim_routers": ("Routers in simulation", sim.sim_routers),
     "policies": ("Routers in simulation, with error bars", sim.policies),
     "reproduce-sessions": ("Sessions of long contexts", sim.sessions),

@@ -50,7 +50,7 @@ class TrainerStats:
     lessons: int = 0  #: ended sequences that wait to be learnt from
     dropped: int = 0  #: of those, lost for want of room
     loss: float = 0.0  #: of the last update [nats]
-    seconds: float = 0.0  #: processor time taken [s]
+    seconds: float = 0.0  #: taken: of its thread's processor time, or of the steps' time [s]
 
 
 @dataclass(slots=True)

@@ -74,7 +74,7 @@ def _of_trainer(s: TrainerStats) -> Iterator[Metric]:
         "drafter_updates": ("versions of the drafter put in force", s.published),
         "drafter_rollbacks": ("versions of the drafter taken back", s.rolled_back),
         "drafter_lessons_dropped": ("ended sequences never learnt from", s.dropped),
-        "drafter_training_seconds": ("processor time taken by training", s.seconds),
+        "drafter_training_seconds": ("time taken by training", s.seconds),
     }
     for name, (text, value) in counters.items():
         yield CounterMetricFamily(f"kvarn_{name}", text, value=value)

@@ -32,7 +32,7 @@ def everyone() -> torch.Generator:
 
 @pytest.mark.parametrize("loss", get_args(Loss))
 def test_learning_lowers_every_loss(loss: Loss) -> None:
-    how = Recipe(loss, rate=1e-2, passes=4, others=97)
+    how = Recipe(loss, rate=1e-2, warmup=1, passes=4, others=97)
     student, lessons = Student(tiny_network(), how), tiny_lessons()
 
     def now() -> float:
@@ -89,3 +89,14 @@ def test_a_loss_that_is_no_number_is_an_error() -> None:
     student.restore(weights)
     with pytest.raises(FloatingPointError, match="nan"):
         student.learn(tiny_lessons())
+
+
+def test_the_rate_rises_anew_after_going_back() -> None:
+    student, lessons = Student(tiny_network(), Recipe(warmup=4, passes=1)), tiny_lessons()
+    found = []
+    for update in range(6):
+        student.learn(lessons)
+        found.append(student._optimizer.param_groups[0]["lr"] / student.how.rate)
+        if update == 4:
+            student.restore(student.weights())
+    assert found == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 0.25])

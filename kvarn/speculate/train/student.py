@@ -28,7 +28,8 @@ class Recipe:
 
     loss: Loss = "forward"  #: KL(target || drafter), its reverse, Jensen-Shannon, or best token
     wrong_only: bool = False  #: only where a draft was refused
-    rate: float = 5e-4  #: AdamW's, constant
+    rate: float = 5e-4  #: AdamW's, constant after `warmup` optimizer steps that rise to it
+    warmup: int = 16
     passes: int = 2  #: over the lessons of an update
     batch: int = 8  #: lessons of an optimizer step
     clip: float = 1.0  #: norm of the gradient
@@ -42,7 +43,7 @@ class Student:
         self.network, self.how = network, how
         self.labels = 0  #: learnt from, passes counted
         self._generator = torch.Generator().manual_seed(seed)
-        self._optimizer = self._fresh()
+        self._optimizer, self._steps = self._fresh(), 0
 
     def _fresh(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
@@ -56,7 +57,7 @@ class Student:
     def restore(self, weights: dict[str, Tensor]) -> None:
         """Be what it was; the optimizer's memory is of what it was not, and goes."""
         self.network.load_state_dict(weights)
-        self._optimizer = self._fresh()
+        self._optimizer, self._steps = self._fresh(), 0
 
     def learn(
         self, lessons: Sequence[Lesson], go_on: Callable[[], bool] = lambda: True
@@ -94,6 +95,9 @@ class Student:
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         clip_grad_norm_(self.network.parameters(), self.how.clip)
+        self._steps += 1
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.how.rate * min(1.0, self._steps / self.how.warmup)
         self._optimizer.step()
         self.labels += sum(len(one.labels) for one in batch)
         return found

@@ -80,10 +80,17 @@ class OnlineTrainer(Part):
     # what comes in
 
     def observe(self, plan: StepPlan, result: StepResult) -> None:
-        """A step came back."""
+        """A step came back. An error ends the training."""
+        if not self.failed:
+            try:
+                self._observe(plan, result)
+            except Exception as error:
+                self._give_up(error)
+
+    def _observe(self, plan: StepPlan, result: StepResult) -> None:
         for i, span in enumerate(plan.spans):
             tokens, tops = result.tokens[i], result.alternatives.get(i, ())
-            if not span.drafts or not tokens or self.failed:
+            if not span.drafts or not tokens:
                 continue
             accepted = len(tokens) - 1
             self.versions.saw(span.drafts, accepted)
