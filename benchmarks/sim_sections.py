@@ -123,3 +123,54 @@ def sessions(result: dict[str, Any]) -> Lines:
         "",
         *table(["Yi-34B-200K on an A100", "context", "published", "cost model"], worked),
     ]
+
+
+WHY_PIPELINES = """A station takes who is there, up to so many jobs, or waits up to the
+named time for company. These stations are bound by arithmetic, so that batches save nothing and
+waiting only costs; the static scheduler answers a whole batch before it begins the next."""
+
+
+def pipelines(result: dict[str, Any]) -> Lines:
+    """Requests of several stages, in simulation."""
+    reasoning = {
+        "paths": "paths", "shared_e2e": "E2E s", "alone_e2e": "unshared",
+        "shared_pages": "KV pages", "alone_pages": "unshared ", "saved": "saved",
+        "prompt_pages": "(k-1) prompts",
+    }  # fmt: skip
+    tools = {"rounds": "calls", "e2e_hash": "history cached", "e2e_none": "not cached"}
+    batching = {
+        "scheduler": "scheduler", "most": "jobs", "patience": "wait s", "rag_mean_e2e": "RAG E2E s",
+        "rag_p99_e2e": "p99", "rag_mean_ttft": "RAG TTFT", "chat_mean_e2e": "chat E2E",
+        "chat_mean_ttft": "chat TTFT", "chat_p99_ttft": "p99",
+    }  # fmt: skip
+    links = [
+        [one["context"], *(one[key] / 1e9 for key in ("closed", "simulated")),
+         percent(one["error"]), one["crowded"] / 1e9]
+        for one in result["fetch"]
+    ]  # fmt: skip
+    ranked = sorted(result["batching"], key=lambda row: float(row["rag_mean_e2e"]))
+    chat, rag = result["workload"]["rates"]
+    return [
+        f"`kvarn reproduce {result['experiment']}`: {result['config']['model']} on one "
+        f"{result['config']['device']}, priced by the roofline. Branches of reasoning that share "
+        "a prompt, under load, and the KV pages of one such request:",
+        "",
+        *_picked(result["reasoning"], reasoning),
+        "",
+        "Agents that wait a second for a tool, end to end:",
+        "",
+        *_picked(result["tools"], tools),
+        "",
+        "Link at which fetching a context's KV brings the first token as soon as computing it:",
+        "",
+        *table(["context", "closed form GB/s", "simulated", "error", "8 at once"], links),
+        "",
+        f"RAG (embed, search, rerank, model) at {rag:g}/s beside chat at {chat:g}/s, best first. "
+        f"{WHY_PIPELINES}",
+        "",
+        *_picked(ranked, batching),
+    ]
+
+
+def _picked(rows: list[dict[str, Any]], names: dict[str, str]) -> Lines:
+    return table(list(names.values()), [[row[key] for key in names] for row in rows])

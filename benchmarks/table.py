@@ -37,6 +37,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "sim_routers": ("Routers in simulation", sim.sim_routers),
     "policies": ("Routers in simulation, with error bars", sim.policies),
     "reproduce-sessions": ("Sessions of long contexts", sim.sessions),
+    "reproduce-pipelines": ("Pipelines of several stages", sim.pipelines),
     "sim_validation": ("Simulated and measured serving", sim.sim_validation),
     "scheduler_overhead": ("Time of the decisions", engine.scheduler_overhead),
 }

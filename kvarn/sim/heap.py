@@ -1,12 +1,20 @@
 """`EventHeap`: what happens next, in virtual time. Ties go to arrivals, then to who came first."""
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 NS = 1_000_000_000  #: of a second; virtual time is an integer, so that sums never drift
 
 ARRIVAL, COMPLETION = 0, 1  #: ranks of events at the same instant
+
+
+@dataclass(slots=True, frozen=True)
+class Alarm:
+    """An event of whoever shares the heap with a simulation."""
+
+    ring: Callable[[], None]
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ from kvarn.cluster.policy import Action, Arrived, ClusterPolicy, Finished, Refus
 from kvarn.core.errors import QueueFull
 from kvarn.core.request import Request
 from kvarn.core.seq import Seq
-from kvarn.sim.heap import ARRIVAL, COMPLETION, NS, EventHeap
+from kvarn.sim.heap import ARRIVAL, COMPLETION, NS, Alarm, EventHeap
 from kvarn.sim.instance import Instance
 from kvarn.sim.run import Outcome, Record, Tally
 
@@ -51,9 +51,11 @@ class Simulation:
         while heap:
             event = heap.pop()
             if isinstance(event, Request):
-                self._arrived(event)
+                self.arrived(event)
             elif event is _NEXT:
                 self._take_next()
+            elif isinstance(event, Alarm):
+                event.ring()
             else:
                 self._completed(*event)
         tally = self.tally
@@ -73,12 +75,13 @@ class Simulation:
         request = self._upcoming
         assert request is not None
         self._next_arrival()
-        self._arrived(request)
+        self.arrived(request)
 
     def _due(self, request: Request) -> int:
         return max(self.heap.now, round(request.arrival * NS))
 
-    def _arrived(self, request: Request) -> None:
+    def arrived(self, request: Request) -> None:
+        """A request comes in now, and the policy decides."""
         record = Record(request.id, self.heap.now, len(request.prompt))
         self.tally.records[request.id] = record
         self._order.append(record)
