@@ -52,7 +52,7 @@ class Setup:
     scarce: int  #: pages with which sequences are preempted
 
 
-#: the overlapped loop plans a step before the last one has ended, which the simulator does not do
+#: without overlap a log's steps follow each other, so that their times need no guess
 SETUPS = {
     "cpu": Setup(
         "CPU", {"model": "smollm2-135m", "pages": 1200, "max_len": 512, "max_seqs": 32},
@@ -142,7 +142,7 @@ def predict(setup: Setup, engine: Engine, trace: Trace, cost: CostModel) -> Row:
     fleet = Fleet(
         model=config.model, device=setup.device, pages=engine.control.kv.pages[0],
         page_size=config.page_size, max_len=config.max_len, max_seqs=config.max_seqs,
-        budget=config.budget,
+        budget=config.budget, overlap=config.overlap,
     )  # fmt: skip
     outcome = sim.simulate(fleet, engine.spec, trace, cost=cost)
     rows = []

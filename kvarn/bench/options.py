@@ -124,6 +124,9 @@ class Fleet:
     prefix: str = option("hash", "prefix index: hash, radix, none")
     sparsity: str = option("none", "what stays of the KV: none, or a part, as the engine's option")
     evict: str = option("lru", "which cached prefix goes first: lru, lfu")
+    overlap: str = option(
+        "auto", "plan the next step while one runs: on, off; auto: as the engine, on but for CPUs"
+    )
 
 
 @dataclass(slots=True)

@@ -94,7 +94,13 @@ def simulate(
         page_use={} if keep_pages else None,
     )  # fmt: skip
     instances = [
-        Instance(f"{spec.name}-{i}", make_control(fleet_, spec, trace), cost, tally)
+        Instance(
+            f"{spec.name}-{i}",
+            make_control(fleet_, spec, trace),
+            cost,
+            tally,
+            overlap=overlaps(fleet_),
+        )
         for i in range(fleet_.instances)
     ]
     policy = Routing(make_router(fleet_, trace), fleet.Fleet(fleet_.instances))
@@ -123,8 +129,16 @@ def price_list(fleet_: Fleet, spec: ModelSpec) -> CostModel:
         kv_dtype=fleet_.kv_dtype,
         source=fleet_.cost,
         table=fleet_.table,
+        overlap=overlaps(fleet_),
     )
     return Rounded(exact, fleet_.round_context) if fleet_.round_context else exact
+
+
+def overlaps(fleet_: Fleet) -> bool:
+    """Whether instances plan the next step while one runs."""
+    if fleet_.overlap not in ("auto", "on", "off"):
+        raise ConfigError(f"overlap must be auto, on or off, not {fleet_.overlap!r}")
+    return fleet_.overlap == "on" or (fleet_.overlap == "auto" and fleet_.device.lower() != "cpu")
 
 
 def page_size_of(fleet_: Fleet, trace: Trace) -> int:

@@ -17,8 +17,11 @@ from kvarn.kv.manager import KVManager
 from kvarn.schedule.control import ControlPlane
 
 
-def can_coast(control: ControlPlane) -> int:
-    """Steps that may be taken at once from here: none ends a sequence or lacks a page; 0: none."""
+def can_coast(control: ControlPlane, in_flight: int = 0) -> int:
+    """Steps that may be taken at once from here: none ends a sequence or lacks a page; 0: none.
+
+    `in_flight`: tokens that every sequence still gets of steps that are planned and not applied.
+    """
     running, kv = control.queues.running, control.kv
     if not running or control.queues.waiting or control.has_left or kv.has_windows:
         return 0
@@ -26,11 +29,18 @@ def can_coast(control: ControlPlane) -> int:
         return 0
     most = 1 << 30
     for seq in running:
-        if seq.pending or seq.todo != 1 or not seq.generates or seq.first_token_at is None:
+        if (
+            seq.pending != in_flight
+            or seq.todo != 1
+            or not seq.generates
+            or seq.first_token_at is None
+        ):
             return 0
         if seq.keep:
             return 0
-        most = min(most, seq.goal - len(seq.tokens))  # the step after these ends the sequence
+        most = min(
+            most, seq.goal - len(seq.tokens) - in_flight
+        )  # the step after these ends the sequence
         if most < 1:
             return 0
     return _with_pages(kv, running, most)

@@ -7,6 +7,10 @@ serves no prefix hit of another request.
 
 While only decodes run and nobody waits, steps are taken together (`coast`); an arrival cuts such a
 run at the end of the step in which it falls, exactly where step by step it would be noticed.
+
+The engine's overlapped loop plans step n+1 when step n begins: whoever comes during n enters n+2.
+Here that plan is made late, with the time and the state of then: when somebody comes, or when the
+step ends, unless decodes go on that are planned alike whenever it is done.
 """
 
 from bisect import bisect_left
@@ -77,11 +81,13 @@ class Instance:
     cost: CostModel
     watcher: Watcher
     coasts: bool = True  #: take decode steps together; off only to test that nothing changes
+    overlap: bool = False  #: the engine plans the next step while one runs
     busy: int = 0  #: time spent in steps [ns]
     joules: float = 0.0  #: spent in steps
     unmeasured: float = 0.0  #: of that, what no measured data covers [s]
     version: int = 0  #: of the run under way; an end scheduled for an older one is void
     _run: _Run | None = None
+    _ahead: StepPlan | None = None  #: with `overlap`, the step behind the one under way
 
     @property
     def is_busy(self) -> bool:
@@ -92,13 +98,22 @@ class Instance:
         """Queue a request; `QueueFull` if there is no place."""
         self.control.add(request)
 
-    def noticed(self, now: int) -> int | None:
-        """Somebody came or left at `now`: cut a run of decodes there; its new end, if it moved."""
+    def noticed(self, now: int, token_of: Callable[[Seq], int]) -> int | None:
+        """Somebody comes at `now`, and is not there yet: the new end of the run, if it moved.
+
+        A run of decodes is cut at the end of the step under way; the overlapped loop has planned
+        the one after it.
+        """
         run = self._run
-        if run is None or run.plan is not None:
+        if run is None:
+            return None
+        if self.overlap:
+            if run.plan is None:
+                return self._step_in(run, bisect_left(run.ends, now), token_of)
+            self._plan_ahead(run)
             return None
         steps = bisect_left(run.ends, now) + 1
-        if steps >= len(run.ends):
+        if run.plan is not None or steps >= len(run.ends):
             return None
         del run.ends[steps:], run.joules[steps:], run.unmeasured[steps:]
         self.version += 1
@@ -108,6 +123,9 @@ class Instance:
         """Begin the next step, or run of steps; when it ends [ns], or None with nothing to do."""
         if not self.control.has_work:
             return None
+        plan, self._ahead = self._ahead, None
+        if plan is not None and plan.spans:
+            return self._begin(plan, now)
         most = can_coast(self.control) if self.coasts else 0
         if most > 1:
             self._run = self._decodes(now, min(most, _AT_ONCE))
@@ -129,15 +147,12 @@ class Instance:
         run = self._run
         assert run is not None and run.ends[-1] == now, "a run ends when it said it would"
         self._run = None
-        self.busy += now - run.start
-        self.joules += run.joules[-1]
-        self.unmeasured += run.unmeasured[-1]
-        self.watcher.stepped(self, run.shape, run.start, now)
         if run.plan is None:
-            times = [run.start, *run.ends[:-1]]
-            seqs = coast(self.control, [at / NS for at in times], token_of)
-            self.watcher.committed(self, seqs, run.ends)
+            self._coasted(run, len(run.ends), token_of)
             return []
+        if self.overlap and not (self.coasts and can_coast(self.control, in_flight=1) > 1):
+            self._plan_ahead(run)
+        self._account(run, 1)
         tokens = [
             [token_of(self.control.seqs[span.seq])]
             if span.wants_logits and span.seq in self.control.seqs
@@ -148,6 +163,42 @@ class Instance:
         progress = self.control.apply(run.plan, result, now / NS)
         self.watcher.committed(self, [one.seq for one in progress if one.tokens], run.ends)
         return progress
+
+    def _begin(self, plan: StepPlan, now: int) -> int:
+        """Run a planned step; its end [ns]."""
+        shape = shape_of((s.start, s.length, s.wants_logits) for s in plan.spans)
+        self._run = _Run(shape, now, [], [], [], plan)
+        self.version += 1
+        return self._run.take(self.cost.step(shape), now)
+
+    def _plan_ahead(self, run: _Run) -> None:
+        """What the overlapped loop decided when `run` began, if that is not done yet."""
+        if self._ahead is None and self.control.has_work:
+            self._ahead = self.control.plan(run.start / NS)
+
+    def _step_in(self, run: _Run, steps: int, token_of: Callable[[Seq], int]) -> int:
+        """Commit the first `steps` decodes of a run; the next is under way, one more is planned."""
+        begun = run.ends[steps - 1] if steps else run.start
+        if steps:
+            self._coasted(run, steps, token_of)
+        end = self._begin(self.control.plan(begun / NS), begun)
+        assert self._run is not None
+        self._plan_ahead(self._run)
+        return end
+
+    def _coasted(self, run: _Run, steps: int, token_of: Callable[[Seq], int]) -> None:
+        """Commit the first `steps` of a run of decodes."""
+        self._account(run, steps)
+        times = [run.start, *run.ends[: steps - 1]]
+        seqs = coast(self.control, [at / NS for at in times], token_of)
+        self.watcher.committed(self, seqs, run.ends[:steps])
+
+    def _account(self, run: _Run, steps: int) -> None:
+        end = run.ends[steps - 1]
+        self.busy += end - run.start
+        self.joules += run.joules[steps - 1]
+        self.unmeasured += run.unmeasured[steps - 1]
+        self.watcher.stepped(self, run.shape, run.start, end)
 
     def unstick(self, now: int) -> Seq | None:
         """Nothing runs and the first in the queue was not let in: end it, for it never will be."""

@@ -122,17 +122,17 @@ class Simulation:
         request, place = action.request, action.instance
         record, instance = self.tally.records[request.id], self.instances[place]
         record.instance, record.why = place, action.why
+        if instance.is_busy:
+            end = instance.noticed(self.heap.now, unlike_any)
+            if end is not None:
+                self.heap.push(end, COMPLETION, (place, instance.version))
         try:
             instance.add(request)
         except QueueFull as error:
             self._refuse(request, str(error))
             self._tell(Finished(request.id, place))
             return
-        if instance.is_busy:
-            end = instance.noticed(self.heap.now)
-            if end is not None:
-                self.heap.push(end, COMPLETION, (place, instance.version))
-        else:
+        if not instance.is_busy:
             self._start(place)
 
     def _refuse(self, request: Request, why: str) -> None:

@@ -49,11 +49,11 @@ def control(pages: int = 200, size: int = 4, budget: int = 64, max_seqs: int = 8
 
 def simulate(
     requests: list[Request], n: int = 1, router: str = "round_robin", coasts: bool = True,
-    cost: Any = None, **shape: int,
+    cost: Any = None, overlap: bool = False, **shape: int,
 ) -> Outcome:  # fmt: skip
     tally = Tally(steps=[])
     cost = cost or Priced()
-    instances = [Instance(str(i), control(**shape), cost, tally, coasts) for i in range(n)]
+    instances = [Instance(str(i), control(**shape), cost, tally, coasts, overlap) for i in range(n)]
     part: Any = find("router", router)
     part = part(block=4) if router == "prefix_aware" else part()
     return Simulation(requests, instances, Routing(part, Fleet(n)), tally).run()
@@ -86,11 +86,12 @@ def facts(outcome: Outcome) -> Any:
 @given(
     st.integers(0, 10**6), st.sampled_from([2.0, 20.0, 200.0]), st.integers(1, 3),
     st.sampled_from(["round_robin", "least_loaded", "prefix_aware"]), st.integers(30, 200),
+    st.booleans(),
 )  # fmt: skip
-def test_steps_at_once_change_nothing(seed, rate, n, router, pages):
+def test_steps_at_once_change_nothing(seed, rate, n, router, pages, overlap):
     requests = poisson(40, rate, seed)
-    one_by_one = simulate(requests, n, router, coasts=False, pages=pages)
-    at_once = simulate(requests, n, router, coasts=True, pages=pages)
+    one_by_one = simulate(requests, n, router, coasts=False, pages=pages, overlap=overlap)
+    at_once = simulate(requests, n, router, coasts=True, pages=pages, overlap=overlap)
     assert facts(one_by_one) == facts(at_once)
     joules = one_by_one.joules
     assert at_once.joules == pytest.approx(joules)
@@ -107,6 +108,17 @@ def test_steps_at_once_are_far_fewer():
     fast = simulate(requests, pages=600)
     assert facts(slow) == facts(fast)
     assert len(fast.steps) * 20 < len(slow.steps)
+
+
+@pytest.mark.parametrize("coasts", [True, False])
+def test_overlap_lets_who_comes_wait_for_one_step_more(coasts):
+    cost = Priced(fixed=1.0, a_token=0.0, a_position=0.0)
+    requests = [request(0, 0.0, [1] * 10, 20), request(1, 2.5, [2] * 10, 3)]
+    plain = simulate(requests, cost=cost, coasts=coasts)
+    ahead = simulate(requests, cost=cost, coasts=coasts, overlap=True)
+    assert [one.first / NS for one in plain.records] == [1.0, 4.0]
+    assert [one.first / NS for one in ahead.records] == [1.0, 5.0]
+    assert plain.records[0].end == ahead.records[0].end == 20 * NS
 
 
 def test_energy_adds_up():
