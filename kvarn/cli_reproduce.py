@@ -4,7 +4,10 @@ from typing import Annotated
 
 import typer
 
-Name = Annotated[str, typer.Argument(help="suffix-decoding, gammatune, deployment-challenges")]
+Name = Annotated[
+    str,
+    typer.Argument(help="suffix-decoding, gammatune, deployment-challenges, sage-kv, streamingllm"),
+]
 Model = Annotated[
     str | None, typer.Option("--model", help="name, folder or file (default: the experiment's own)")
 ]

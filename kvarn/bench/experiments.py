@@ -19,7 +19,11 @@ class Experiment:
 
 
 #: experiments in modules of their own, with `run(model)` and `lines(result)`, and their models
-MODULES = {"deployment-challenges": ("kvarn.bench.session_study", "llama-3.1-8b")}
+MODULES = {
+    "deployment-challenges": ("kvarn.bench.session_study", "llama-3.1-8b"),
+    "sage-kv": ("kvarn.bench.kept_study", "smollm2-135m"),
+    "streamingllm": ("kvarn.bench.streaming_study", "smollm2-135m"),
+}
 
 
 def find(name: str) -> Experiment:

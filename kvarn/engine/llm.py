@@ -74,11 +74,12 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         on_output: Callable[[Output], None] | None = None,
-        sparsity: str | None = None,
+        sparsity: str | Sequence[str] | None = None,
     ) -> list[Completion]:
         """Continue each prompt (text or token ids); `on_output` sees every step's news.
 
-        `sparsity`: what stays of the KV of these, where it is not what the engine was made with.
+        `sparsity`: what stays of the KV of these, or of each, where it is not what the engine was
+        made with.
         """
         batch = _as_list(prompts)
         if params is None:
@@ -86,7 +87,13 @@ class LLM:
         each = [params] * len(batch) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(batch):
             raise RequestError(f"{len(batch)} prompts but {len(each)} sampling parameters")
-        requests = [self._request(p, sampling=s, sparsity=sparsity) for p, s in zip(batch, each)]
+        rules = list(sparsity) if isinstance(sparsity, list | tuple) else [sparsity] * len(batch)
+        if len(rules) != len(batch):
+            raise RequestError(f"{len(batch)} prompts but {len(rules)} rules of sparsity")
+        requests = [
+            self._request(prompt, sampling=sampling, sparsity=rule)
+            for prompt, sampling, rule in zip(batch, each, rules)
+        ]
         return self._run(requests, on_output)
 
     def chat(
