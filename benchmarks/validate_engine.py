@@ -1,6 +1,6 @@
 """Does the simulator predict this machine? Trust protocol T2 (steps) and T3 (whole runs).
 
-    python benchmarks/validate_engine.py cpu|h100 [--json FILE]
+    python benchmarks/validate_engine.py cpu|h100 [--pool slack|thrashing] [--json FILE]
 
 An engine serves random requests in real time and writes a step log. A cost model is fitted to the
 steps of some runs; steps of other runs, and the times of their requests, are predicted with it and
@@ -64,7 +64,7 @@ SETUPS = {
             "model": "llama-3.1-8b", "load": "random", "max_len": 4096, "max_seqs": 64,
             "device": "cuda", "overlap": "off",
         },
-        60, (64, 2048), (16, 256), 1200,
+        60, (64, 2048), (16, 256), 2000,
     ),
 }  # fmt: skip
 
@@ -169,11 +169,13 @@ def summary(rows: list[Row]) -> Row:
     }  # fmt: skip
 
 
-def validate(setup: Setup, folder: Path) -> Iterator[dict[str, Any]]:
+def validate(setup: Setup, only: str | None, folder: Path) -> Iterator[dict[str, Any]]:
     """Both protocols, with room for the KV of all sequences and then with too little."""
     pools = {"slack": setup.options, "thrashing": setup.options | {"pages": setup.scarce}}
     judged, runs, about = list[tuple[Any, float, str]](), list[dict[str, Any]](), dict[str, Any]()
     for pool, options in pools.items():
+        if only not in (None, pool):
+            continue
         served = Served(options, folder / f"{pool}.jsonl")
         served.serve(make_trace(setup, 0.0, 0))  # warms up
         burst, training = served.serve(make_trace(setup, 0.0, 1))
@@ -225,6 +227,9 @@ def main() -> None:
     """One machine; the report goes to the screen and to a file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("setup", choices=SETUPS)
+    parser.add_argument(
+        "--pool", choices=("slack", "thrashing"), help="default: one, then the other"
+    )
     parser.add_argument("--json", default=None)
     given = parser.parse_args()
     setup = SETUPS[given.setup]
@@ -234,7 +239,7 @@ def main() -> None:
     }  # fmt: skip
     header = record.header(f"sim_{given.setup}", about, setup.options)
     with tempfile.TemporaryDirectory() as folder:
-        for result in validate(setup, Path(folder)):
+        for result in validate(setup, given.pool, Path(folder)):
             record.write(header | result, given.json)
 
 
