@@ -2,49 +2,32 @@
 
     python benchmarks/validate_sim.py TRACES_FOLDER [--json FILE] [--images docs/img]
 
-Runs: vLLM 0.19 with 300 ShareGPT requests (LLMServingSim `bench/examples`), simulated with the
-layer tables of the same GPU. Points: AIConfigurator's `silicon_sample.csv`, Llama-3.1 on vLLM,
-simulated as a closed loop with its kernel tables. Nothing is fitted, but for one line that takes
-the host time of one run to the other and says so.
+Runs: `public_runs.py`. Points: AIConfigurator's `silicon_sample.csv`, Llama-3.1 on vLLM, simulated
+as a closed loop with its kernel tables. Nothing is fitted, but for one line that takes the host
+time of one run to the other and says so.
 """
 
 import argparse
 import csv
 import gzip
-import json
 import statistics
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from public_runs import RUNS, Row, served, simulated, transferred
+
 from kvarn.bench import record
 from kvarn.bench.options import Fleet
-from kvarn.bench.sim import find_spec, make_control, requests_of
-from kvarn.bench.validation import SHORTEST, WAVES, closed_loop, errors, simulated_times, times
-from kvarn.cluster import fleet
-from kvarn.cluster.router.round_robin import RoundRobin
-from kvarn.cluster.routing import Routing
+from kvarn.bench.sim import find_spec
+from kvarn.bench.validation import SHORTEST, WAVES, closed_loop, simulated_times, times
 from kvarn.core.errors import ConfigError
 from kvarn.cost.rounded import Rounded
 from kvarn.cost.shape import CostModel, StepShape
 from kvarn.cost.tables import from_table
-from kvarn.sim.instance import Instance
-from kvarn.sim.run import Outcome, Tally
-from kvarn.sim.simulation import Simulation
-from kvarn.workload.load import open_trace
-from kvarn.workload.trace import Trace, TraceRequest
+from kvarn.workload.trace import Trace
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS = {
-    "vllm_RTX4090_Llama-3.1-8B": "llmservingsim_RTX4090_",
-    "vllm_RTXPRO6000_Llama-3.1-8B": "llmservingsim_RTXPRO6000_",
-    "vllm_RTXPRO6000_Qwen3-30B-A3B-Instruct-2507": "",
-    "vllm_RTXPRO6000_Qwen3-32B": "",
-}
-CONTENT = "sharegpt_llama-3.1-8b_300_sps10.jsonl.gz"
-DEVICES = {"llmservingsim_RTX4090_": "rtx4090", "llmservingsim_RTXPRO6000_": "rtxpro6000"}
-HOSTS = (0.0, 0.5e-3, 1e-3, 2e-3)  #: host time of a step, tried on every run alike [s]
-BLOCKS = (0.8, 0.9, 1.0, 1.1)  #: shares of the block count
 LIMITS = {"tpot": 0.10, "e2e": 0.10}  #: of the means of the runs
 POINT_LIMITS = {"tpot": 0.15, "ttft": 0.30}  #: of the median over the points
 BUDGET = 8192  #: tokens of a step, of the published server
@@ -52,97 +35,6 @@ BUDGET = 8192  #: tokens of a step, of the published server
 #: sample does not say how the 8B points were measured: the server's default.
 KV = {"llama-3.1-70b": "fp8", "llama-3.1-8b": "bfloat16"}
 ROUND = 32  #: contexts of decodes in closed loops are priced rounded to this [tokens]
-Row = dict[str, Any]
-
-
-def lines(path: Path) -> list[Row]:
-    """Rows of a compressed JSON-lines file."""
-    with gzip.open(path, "rt") as file:
-        return [json.loads(line) for line in file]
-
-
-def measured_times(rows: list[Row]) -> list[tuple[float, float, float, int]]:
-    """A run's requests on one clock: the least delay from arrival to the queue ties the two."""
-    shift = min(row["queued_ts"] - row["arrival_time"] for row in rows)
-    return [
-        (row["arrival_time"] + shift, row["first_token_ts"], row["last_token_ts"],
-         row["output_toks"])
-        for row in rows
-    ]  # fmt: skip
-
-
-def run_trace(folder: Path, rows: list[Row]) -> Trace:
-    """The run's requests: its arrival times and lengths, the data set's contents by order."""
-    content = open_trace(str(folder / CONTENT))
-    by_number = sorted(rows, key=lambda row: int(row["request_id"].rpartition("-")[2]))
-    for row, one in zip(by_number, content, strict=True):
-        if row["input_toks"] != one.n_in:
-            raise ConfigError(f"{row['request_id']}: {row['input_toks']} tokens, not {one.n_in}")
-    first = min(row["arrival_time"] for row in rows)
-    made = [
-        TraceRequest(
-            row["request_id"], row["arrival_time"] - first, one.n_in, row["output_toks"],
-            one.blocks,
-        )
-        for row, one in zip(by_number, content, strict=True)
-    ]  # fmt: skip
-    return Trace(content.name, tuple(sorted(made, key=lambda r: r.at)), content.block_size)
-
-
-def one_instance(fleet_: Fleet, trace: Trace, cost: CostModel, loop: Any = None) -> Outcome:
-    """Simulate one engine; `loop` is `(requests, after)` in place of the trace's arrivals."""
-    spec, tally = find_spec(fleet_.model), Tally(keep_gaps=False)
-    instance = Instance("engine", make_control(fleet_, spec, trace), cost, tally)
-    policy = Routing(RoundRobin(), fleet.Fleet(1))
-    requests, after = loop or (requests_of(trace), None)
-    return Simulation(requests, [instance], policy, tally, after).run()
-
-
-def served(folder: Path, name: str) -> Row:
-    """One vLLM run beside its simulation, with what host time and block count change."""
-    prefix = RUNS[name]
-    rows = lines(folder / "bench" / f"{name}_requests.jsonl.gz")
-    truth = times(measured_times(rows))
-    if not prefix:
-        why = "no layer tables of this model were published with the run"
-        return {"run": name, "measured": truth, "skipped": why}
-    meta = json.loads((folder / "bench" / f"{name}_meta.json").read_text())
-    flags, blocks = meta["engine_kwargs"], meta.get("kv_cache", {}).get("num_gpu_blocks", 0)
-    trace, spec = run_trace(folder, rows), find_spec("llama-3.1-8b")
-    base = {
-        "model": "llama-3.1-8b", "device": DEVICES[prefix], "max_seqs": flags["max_num_seqs"],
-        "budget": flags["max_num_batched_tokens"], "page_size": 16,
-        "max_len": flags["max_model_len"] or 0,
-    }  # fmt: skip
-
-    def predict(host: float, pages: int) -> tuple[Row, Outcome]:
-        cost = from_table(folder / "perf", spec, device=prefix, host=host)
-        outcome = one_instance(Fleet(**base, pages=pages), trace, cost)
-        return errors(times(simulated_times(outcome.records)), truth), outcome
-
-    _, outcome = predict(0.0, blocks)
-    pages = outcome.instances[0].control.kv.pages[0]
-    return {
-        "run": name, "measured": truth,
-        "predicted": times(simulated_times(outcome.records)),
-        "pages": pages, "pages_source": "measured" if blocks else "formula",
-        "preemptions": outcome.instances[0].control.stats().preemptions,
-        "by_host": [{"host": h, "error": predict(h, pages)[0]} for h in HOSTS],
-        "by_blocks": [
-            {"share": s, "error": predict(0.0, round(s * pages))[0]} for s in BLOCKS
-        ],
-    }  # fmt: skip
-
-
-def transferred(runs: list[Row]) -> Row:
-    """The host time that fits the first run's TPOT best, judged on the others."""
-    first, *others = [run for run in runs if "by_host" in run]
-    best = min(first["by_host"], key=lambda row: abs(row["error"]["tpot"]["mean"]))
-    judged = {
-        run["run"]: next(r["error"] for r in run["by_host"] if r["host"] == best["host"])
-        for run in others
-    }
-    return {"host": best["host"], "calibrated_on": first["run"], "errors": judged}
 
 
 def wanted(row: Row) -> bool:
@@ -187,7 +79,7 @@ def point(folder: Path, row: Row) -> Row:
         kv_dtype="fp8" if kv == "fp8" else "auto",
     )  # fmt: skip
     first, after = closed_loop(concurrency, isl, osl)
-    outcome = one_instance(options, Trace("closed loop", ()), Rounded(exact, ROUND), (first, after))
+    outcome = simulated(options, Trace("closed loop", ()), Rounded(exact, ROUND), (first, after))
     found = times(simulated_times(outcome.records))
     about = {"model": model, "device": row["system"], "tp": tp, "concurrency": concurrency}
     return about | {
@@ -255,7 +147,7 @@ def main() -> None:
     runs = []
     for name in RUNS:
         runs.append(served(given.traces, name))
-        print(name, runs[-1].get("by_host", runs[-1].get("skipped")), flush=True)
+        print(name, runs[-1].get("by_host", runs[-1].get("roofline")), flush=True)
     with gzip.open(given.traces / "bench" / "aic_silicon_sample.csv.gz", "rt") as file:
         rows = [row for row in csv.DictReader(file) if wanted(row)]
     points, refused = [], []

@@ -84,6 +84,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": _config("qwen3", 28, 1024, 3072, 16, 8, 151936, 40960, **_QWEN3, **_TIED),
     "qwen3-1.7b": _config("qwen3", 28, 2048, 6144, 16, 8, 151936, 40960, **_QWEN3, **_TIED),
     "qwen3-8b": _config("qwen3", 36, 4096, 12288, 32, 8, 151936, 40960, **_QWEN3),
+    "qwen3-32b": _config("qwen3", 64, 5120, 25600, 64, 8, 151936, 40960, **_QWEN3),
     "gemma-2-2b": _config("gemma2", 26, 2304, 9216, 8, 4, 256000, 8192),
     "gemma-2-9b": _config("gemma2", 42, 3584, 14336, 16, 8, 256000, 8192),
     "gemma-3-1b": _config("gemma3_text", 26, 1152, 6912, 4, 1, 262144, 32768, sliding_window=512),

@@ -1,6 +1,7 @@
 """benchmarks/validate_sim.py: its figures are what it says."""
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ PATH = Path(__file__).parents[2] / "benchmarks" / "validate_sim.py"
 
 @pytest.fixture(scope="module")
 def script() -> Any:
+    sys.path.insert(0, str(PATH.parent))
     spec = importlib.util.spec_from_file_location("validate_sim", PATH)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -33,11 +35,11 @@ def test_the_clocks_meet_at_the_least_delay(script):
         row | {"arrival_time": 100.0, "queued_ts": 10.5},
         row | {"arrival_time": 101.0, "queued_ts": 11.0},
     ]
-    assert [at for at, *_ in script.measured_times(rows)] == [10.0, 11.0]
+    assert [at for at, *_ in sys.modules["public_runs"].measured_times(rows)] == [10.0, 11.0]
 
 
 def test_errors_are_relative_and_signed(script):
-    found = script.errors({"tpot": {"mean": 9.0}}, {"tpot": {"mean": 10.0}})
+    found = sys.modules["public_runs"].errors({"tpot": {"mean": 9.0}}, {"tpot": {"mean": 10.0}})
     assert found["tpot"]["mean"] == pytest.approx(-0.1)
 
 
