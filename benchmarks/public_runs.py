@@ -65,7 +65,8 @@ RUNS = {
         unpriced="exchange of rows between the two ranks, and that they wait for each other",
     ),
     "vllm_RTXPRO6000_Qwen3-32B": Run(
-        "qwen3-32b", "rtxpro6000", QWEN, tp=2, unpriced="how far sums over PCIe stay below the link's rate"
+        "qwen3-32b", "rtxpro6000", QWEN, tp=2,
+        unpriced="how far sums over PCIe stay below the link's rate",
     ),
 }  # fmt: skip
 HOSTS = (0.0, 0.5e-3, 1e-3, 2e-3)  #: host time of a step, tried on every run alike [s]

@@ -4,10 +4,9 @@ from typing import Annotated
 
 import typer
 
-Name = Annotated[
-    str,
-    typer.Argument(help="suffix-decoding, gammatune, deployment-challenges, sage-kv, streamingllm"),
-]
+from kvarn.bench.experiments import MODULES, TEXTS
+
+Name = Annotated[str, typer.Argument(help=", ".join((*TEXTS, *MODULES)))]
 Model = Annotated[
     str | None, typer.Option("--model", help="name, folder or file (default: the experiment's own)")
 ]

@@ -21,9 +21,14 @@ class Experiment:
 #: experiments in modules of their own, with `run(model)` and `lines(result)`, and their models
 MODULES = {
     "deployment-challenges": ("kvarn.bench.session_study", "llama-3.1-8b"),
+    "hermes": ("kvarn.bench.pipeline_study", "llama-3.1-8b"),
+    "online-spec": ("kvarn.bench.online_spec", "smollm2-135m"),
     "sage-kv": ("kvarn.bench.kept_study", "smollm2-135m"),
     "streamingllm": ("kvarn.bench.streaming_study", "smollm2-135m"),
 }
+
+#: experiments of `kvarn.bench.reproduce`, by text and setting
+TEXTS = ("suffix-decoding", "gammatune")
 
 
 def find(name: str) -> Experiment:
@@ -32,9 +37,8 @@ def find(name: str) -> Experiment:
         path, model = MODULES[name]
         module = import_module(path)
         return Experiment(module.run, module.lines, model)
+    if name not in TEXTS:
+        raise ConfigError(f"unknown experiment {name!r}{nearest(name, [*TEXTS, *MODULES])}")
     from kvarn.bench import reproduce
 
-    if name not in reproduce.EXPERIMENTS:
-        known = [*reproduce.EXPERIMENTS, *MODULES]
-        raise ConfigError(f"unknown experiment {name!r}{nearest(name, known)}")
     return Experiment(partial(reproduce.run, name), reproduce.lines, "smollm2-135m")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from kvarn.bench import experiments, session_study
+from kvarn.bench import experiments, reproduce, session_study
 from kvarn.bench.session_engine import engine_rate
 from kvarn.core.errors import ConfigError
 from kvarn.cost.session import Workload
@@ -76,6 +76,13 @@ def test_steps_are_priced_as_the_formulas():
     assert sum(halves) == pytest.approx(MODEL.prefill(4000))
     pair = steps.step(StepShape((), 2, 2 * 4000, 4000, 2))
     assert pair.seconds == pytest.approx(MODEL.decode(4000, 2))
+
+
+def test_every_experiment_can_be_found():
+    assert set(experiments.TEXTS) == set(reproduce.EXPERIMENTS)
+    for name in (*experiments.TEXTS, *experiments.MODULES):
+        found = experiments.find(name)
+        assert callable(found.run) and callable(found.lines) and found.model
 
 
 def test_bad_input_says_what_would_work():
