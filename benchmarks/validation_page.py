@@ -91,6 +91,25 @@ def engine(name: str, what: str) -> Lines:
     return [*lines, "Whole runs; `spread` is what repeats differ by:", "", *table(keys, runs), ""]
 
 
+def pipeline() -> Lines:
+    """Retrieval and model on a CPU."""
+    path = RESULTS / "sim_pipeline.json"
+    lines = ["## A pipeline of two stages: a CPU", "", "```sh",
+             "python benchmarks/validate_pipeline.py --json benchmarks/results/sim_pipeline.json",
+             "```", ""]  # fmt: skip
+    if not path.is_file():
+        return [*lines, "Not measured yet: it needs a machine that does nothing else.", ""]
+    found = json.loads(path.read_text())
+    said, keys = found["workload"], ["measure", "predicted", "measured", "error", "limit", "spread"]
+    rows = [[row[key] for key in keys] for row in found["results"]]
+    about = (
+        f"{said['requests']} questions at {said['rate']:g}/s, each searched for among "
+        f"{said['vectors']} vectors ({found['search_ms']:.3g} ms) and answered by "
+        f"{found['config']['model']}; {said['repeats']} runs:"
+    )
+    return [*lines, about, "", *table(keys, rows), ""]
+
+
 def served(runs: list[dict[str, Any]]) -> Lines:
     """The vLLM runs beside their simulations, by host time."""
     rows: list[list[Any]] = []
@@ -159,7 +178,7 @@ def _table(found: list[dict[str, Any]]) -> Lines:
 def main() -> None:
     """Write the page."""
     result = json.loads((RESULTS / "sim_validation.json").read_text())
-    lines = [HEAD, *engine("cpu", "a CPU"), *engine("h100", "an H100"), REST,
+    lines = [HEAD, *engine("cpu", "a CPU"), *engine("h100", "an H100"), *pipeline(), REST,
              *served(result["runs"]), *points(result)]  # fmt: skip
     PAGE.write_text("\n".join(lines).rstrip() + "\n")
     print(PAGE.relative_to(ROOT))
