@@ -35,7 +35,7 @@ def test_judged_tokens_are_those_up_to_the_first_refusal() -> None:
 
 
 def test_better_stays_and_worse_goes_back() -> None:
-    versions = Versions(window=100, margin=0.1)
+    versions = Versions(window=100, margin=0.2)
     assert not versions.ready
     saw(versions, 0.5, 100)
     assert versions.ready and versions.publish() == 1
@@ -55,7 +55,7 @@ def test_better_stays_and_worse_goes_back() -> None:
 
 
 def test_a_fall_within_the_margin_is_borne() -> None:
-    versions = Versions(window=100, margin=0.1)
+    versions = Versions(window=100, margin=0.2)
     saw(versions, 0.5, 100)
     versions.publish()
     saw(versions, 0.42, 100)

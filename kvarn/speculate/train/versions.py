@@ -47,13 +47,14 @@ class Share:
 class Versions:
     """The version in force, on trial against the one before it.
 
-    A version goes back when its acceptance over `window` judged tokens is more than `margin` below
-    that of the version before it, over the last `window` tokens that this one drafted. By default
-    that is 2.3 standard errors of the difference of two shares of 0.5.
+    A version goes back when its acceptance over `window` judged tokens is below that of the version
+    before it, over the last `window` tokens that this one drafted, by more than `margin` of that.
+    Texts differ, and tokens of one text are alike: with less than half as a limit, weights that are
+    merely unlucky go back all the time, and nothing is learnt.
     """
 
     window: int = 256  #: tokens judged
-    margin: float = 0.1  #: of acceptance, absolute
+    margin: float = 0.5  #: share of the acceptance before
     version: int = 0  #: counts publications; 0: what the engine began with
     previous: int = 0  #: the version to go back to
     published: int = 0
@@ -93,7 +94,7 @@ class Versions:
         if not self.on_trial or not self.now.full:
             return "open"
         self.on_trial = False
-        return "roll back" if self.now.rate < self.before - self.margin else "keep"
+        return "roll back" if self.now.rate < self.before * (1.0 - self.margin) else "keep"
 
     def roll_back(self) -> int:
         """The version before is in force again, and is judged anew: traffic may have changed."""
