@@ -20,7 +20,6 @@ class Experiment:
 
 #: experiments in modules of their own, with `run(model)` and `lines(result)`, and their models
 MODULES = {
-    "online-spec": ("kvarn.bench.online_spec", "smollm2-135m"),
     "deployment-challenges": ("kvarn.bench.session_study", "llama-3.1-8b"),
     "hermes": ("kvarn.bench.pipeline_study", "llama-3.1-8b"),
     "online-spec": ("kvarn.bench.online_spec", "smollm2-135m"),
