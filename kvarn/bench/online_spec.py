@@ -72,7 +72,7 @@ SETTINGS: dict[str, Setting] = {
     "plain": Setting({}),
     "frozen, 1 token": Setting(fixed(1)),
     "frozen, 2 tokens": Setting(fixed(2)),
-    "frozen, 3 tokens": Setting(fixed(3)),
+    "frozen, 4 tokens": Setting(fixed(4)),
     "learns between steps": Setting(LEARNS),
     "learns in a thread": Setting(fixed(LENGTH, train_drafter="on")),
     "learns, KV dropped at swaps": Setting(LEARNS, _drop_kv),
