@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from kvarn.bench.options import Fleet
+from kvarn.bench.sim import overlaps
 from kvarn.cli import main
 
 ROWS = [
@@ -106,3 +108,15 @@ def test_a_malformed_row_is_named_and_skipped_only_when_asked(tmp_path, trace, c
     assert "line 41" in capsys.readouterr().err
     found = sim(tmp_path, "--trace", trace, "--skip-bad")
     assert found["workload"]["skipped"] == 1 and found["completed"] == 40
+
+
+def test_overlap_is_the_engines_own_choice_unless_said(tmp_path, trace, capsys):
+    words = ["--trace", trace, "--limit", "20"]
+    ttft = {
+        said: sim(tmp_path, *words, "--overlap", said)["mean_ttft_ms"]
+        for said in ("auto", "on", "off")
+    }
+    assert ttft["auto"] == ttft["on"] != ttft["off"]
+    assert overlaps(Fleet(device="H200")) and not overlaps(Fleet(device="CPU"))
+    assert main(["sim", *words, "--overlap", "maybe"]) == 2
+    assert "auto, on or off" in capsys.readouterr().err
