@@ -10,6 +10,7 @@ from typing import Any
 import engine_sections as engine
 import gpu_sections as gpu
 import sim_sections as sim
+import sparsity_sections as sparsity
 import speculation_sections as speculation
 from cells import RESULTS, ROOT, Lines
 
@@ -34,6 +35,9 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "drafter": ("The drafter of SmolLM2", speculation.drafter),
     "reproduce": ("Speculation on real text", speculation.reproduce),
     "online_spec": ("A drafter that learns", speculation.online_spec),
+    "reproduce-kept": ("The KV that is kept, on text", sparsity.kept),
+    "reproduce-streaming": ("A stream longer than the cache", sparsity.streaming),
+    "sparse_decode": ("Long prompts on a GPU, dense and kept in part", sparsity.sparse_decode),
     "sim_routers": ("Routers in simulation", sim.sim_routers),
     "policies": ("Routers in simulation, with error bars", sim.policies),
     "reproduce-sessions": ("Sessions of long contexts", sim.sessions),

@@ -38,7 +38,7 @@ from kvarn.sim.heap import NS
 from kvarn.sim.instance import Instance
 from kvarn.sim.run import Outcome, Record, Tally
 from kvarn.sim.simulation import Simulation
-from kvarn.sparse.rules import Rules
+from kvarn.sparse.rules import Rules, split
 from kvarn.workload.trace import Trace
 
 UNLIMITED = 1 << 40  #: pages that no memory bounds
@@ -149,7 +149,7 @@ def page_size_of(fleet_: Fleet, trace: Trace) -> int:
 
 def make_control(fleet_: Fleet, spec: ModelSpec, trace: Trace) -> ControlPlane:
     """The control plane of one instance, as the engine would build it."""
-    groups, size = spec.groups(), page_size_of(fleet_, trace)
+    groups, size = split(spec.groups(), fleet_.sparsity), page_size_of(fleet_, trace)
     full = fleet_.pages or pages_by_formula(fleet_, spec, size)
     pages = pages_by_group(groups, full, size, fleet_.budget, fleet_.max_seqs)
     longest = min(fleet_.max_len or spec.max_len, full * size)

@@ -17,7 +17,7 @@ from kvarn.core.errors import ConfigError
 from kvarn.core.request import SamplingParams
 from kvarn.engine.llm import LLM
 
-BUDGET, TIMES = 256, 8  #: positions of the cache; texts are so many times longer
+BUDGET, TIMES = 128, 8  #: positions of the cache; texts are so many times longer
 ANEW = 16  #: tokens scored by one recomputed window
 SINKS = (0, 1, 2, 4, 8)
 

@@ -72,6 +72,7 @@ BUILT_IN: dict[tuple[str, str], str] = {
     ("sparsity", "sage-kv"): "kvarn.sparse.sage_kv:SageKV",
     ("sparsity", "snapkv"): "kvarn.sparse.snapkv:SnapKV",
     ("sparsity", "h2o"): "kvarn.sparse.h2o:H2O",
+    ("sparsity", "pyramid"): "kvarn.sparse.pyramid:Pyramid",
     ("sparsity", "knorm"): "kvarn.sparse.knorm:KNorm",
     ("sparsity", "random"): "kvarn.sparse.random:Random",
     ("trainer", "online-spec"): "kvarn.speculate.train.trainer:OnlineTrainer",

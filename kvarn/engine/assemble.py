@@ -29,7 +29,7 @@ from kvarn.runner.sampler import Sampler
 from kvarn.runner.warm import decode_step
 from kvarn.schedule.build import build_control
 from kvarn.schedule.control import Capacity, ControlPlane
-from kvarn.sparse.rules import Rules
+from kvarn.sparse.rules import Rules, split
 from kvarn.speculate.build import NEED_DRAFTER, build_speculation
 from kvarn.speculate.speculation import Speculation
 
@@ -122,7 +122,7 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
     model = load(resolved, group=group)
     spec, device = model.spec, model.device
     seconds = {"kernels": compiled, **model.seconds}
-    groups = model.decoder.spec.groups()
+    groups = split(model.decoder.spec.groups(), config.sparsity)
     captured = device.type == "cuda" and Cap.CAPTURE in parts["attention"].gives
     _choose_step(resolved, device, captured)
     _choose_threads(resolved)

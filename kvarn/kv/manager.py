@@ -139,12 +139,7 @@ class KVManager:
             spares = self._spares(seq, group)
             if spares:
                 seq.spare[group] = self._take(group, spares, now)
-        seq.capacity = min(len(table) for table in seq.tables) * size
-        if seq.keep and all(
-            keep.since(seq.prompt_len) <= seq.capacity and not keep.compacts(seq.prompt_len)
-            for keep in seq.keep
-        ):
-            seq.capacity = ENDLESS
+        seq.capacity = self._capacity(seq)
         return edits
 
     def compact(self, seq: Seq, now: float) -> list[Compaction]:
@@ -162,7 +157,7 @@ class KVManager:
                 moves.append(Compaction(seq.id, group, keep.budget, pages))
         if moves:
             self._forget_prefix(seq, now)
-            seq.capacity = ENDLESS
+            seq.capacity = self._capacity(seq)
         return moves
 
     def _forget_prefix(self, seq: Seq, now: float) -> None:
@@ -172,6 +167,15 @@ class KVManager:
             self.index.unpin(seq.cursor, now)
             empty = self.index.match([], seq.request.cache_salt, 0)
             seq.cursor = self.index.take(empty, now)
+
+    def _capacity(self, seq: Seq) -> int:
+        """Positions that `seq` has slots for; all there will ever be, once its rings are there."""
+        held = [len(table) * self.page_size for table in seq.tables]
+        for group, keep in enumerate(seq.keep):
+            whole = keep.compacts(seq.prompt_len) and bool(seq.spare[group])
+            if not whole and held[group] >= keep.budget:
+                held[group] = ENDLESS
+        return min(held)
 
     def _slots(self, seq: Seq, group: int, end: int) -> int:
         """Slots for the positions up to `end` of `seq`."""

@@ -30,7 +30,7 @@ class H2O(OneShot):
 
     sinks: int = 0
 
-    def keep(self, group: GroupSpec) -> Keep:
+    def keep(self, group: GroupSpec, n_layers: int) -> Keep:
         """See `Sparsity`: half of the budget is recent, as in the paper."""
         return Keep(self.budget, self.recent or self.budget // 2, self.watch)
 

@@ -39,12 +39,16 @@ class Sparsity(Part):
     kind: ClassVar[str] = "sparsity"
     needs: ClassVar[frozenset[Cap]] = frozenset({Cap.PAGED_KV, Cap.TABLE_GROUPS})
 
-    def keep(self, group: GroupSpec) -> Keep | None:
-        """The rule of a sequence in `group`; None: everything stays."""
+    def split(self, groups: list[GroupSpec]) -> list[GroupSpec]:
+        """The table groups that it wants, of those of the model."""
+        return groups
+
+    def keep(self, group: GroupSpec, n_layers: int) -> Keep | None:
+        """The rule of a sequence in `group` of a model of `n_layers`; None: everything stays."""
         return None
 
-    def check(self, page_size: int) -> None:
-        """Raise `ConfigError` for options that cannot be."""
+    def check(self, page_size: int, groups: int) -> None:
+        """Raise `ConfigError` for options that cannot be, with so many table groups."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -66,11 +70,11 @@ class OneShot(Sparsity):
         """Whether queries see the sinks at their place in the cache, not in the text."""
         return False
 
-    def keep(self, group: GroupSpec) -> Keep:
+    def keep(self, group: GroupSpec, n_layers: int) -> Keep:
         """See `Sparsity`."""
         return Keep(self.budget, self.recent or self.budget // 4, self.watch)
 
-    def check(self, page_size: int) -> None:
+    def check(self, page_size: int, groups: int) -> None:
         """See `Sparsity`."""
         least = self.sinks + max(1, self.recent) + 1
         if self.sinks < 0 or self.recent < 0 or self.budget < max(least, 4):

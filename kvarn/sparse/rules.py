@@ -47,6 +47,12 @@ def _switch(text: str) -> bool:
     ]
 
 
+def split(groups: list[GroupSpec], text: str) -> list[GroupSpec]:
+    """The table groups of an engine whose part is `text`, of those of its model."""
+    part = parse(text)
+    return groups if part is None else part.split(groups)
+
+
 @dataclass(slots=True)
 class Rules:
     """The engine's own part and what requests may ask for instead."""
@@ -60,6 +66,11 @@ class Rules:
     def __post_init__(self) -> None:
         self._checked(self.default)
 
+    @property
+    def n_layers(self) -> int:
+        """Layers of the model."""
+        return sum(len(group.layers) for group in self.groups)
+
     def part(self, request: Request) -> Sparsity | None:
         """What is in force for `request`."""
         return parse(self.default if request.sparsity is None else request.sparsity)
@@ -69,7 +80,7 @@ class Rules:
         part = self.part(request)
         if part is None:
             return ()
-        found = [part.keep(group) for group in self.groups]
+        found = [part.keep(group, self.n_layers) for group in self.groups]
         return tuple(keep for keep in found if keep is not None)
 
     def check(self, request: Request) -> None:
@@ -85,8 +96,8 @@ class Rules:
         part = parse(text)
         if part is None:
             return
-        part.check(self.page_size)
-        if any(part.keep(group) is not None for group in self.groups):
+        part.check(self.page_size, len(self.groups))
+        if any(part.keep(group, self.n_layers) is not None for group in self.groups):
             if any(group.window is not None for group in self.groups):
                 raise ConfigError(
                     f"sparsity {part.name!r} cannot serve a model with sliding-window layers, "

@@ -34,7 +34,7 @@ class StreamingLLM(OneShot):
     positions: str = "cache"  #: of the sinks, as the query sees them: in the cache, or in the text
     streamed: bool = False  #: the prompt too goes through the ring
 
-    def keep(self, group: GroupSpec) -> Keep:
+    def keep(self, group: GroupSpec, n_layers: int) -> Keep:
         """See `Sparsity`: all but the sinks is recent."""
         return Keep(self.budget, self.budget - self.sinks, 0, self.turns, self.streamed)
 
@@ -43,7 +43,7 @@ class StreamingLLM(OneShot):
         """Whether the sinks move along with the query."""
         return self.positions == "cache" and self.sinks > 0
 
-    def check(self, page_size: int) -> None:
+    def check(self, page_size: int, groups: int) -> None:
         """See `Sparsity`."""
         if self.positions not in ("cache", "text"):
             raise ConfigError(
