@@ -35,6 +35,14 @@ def drafter(result: dict[str, Any]) -> Lines:
         "tokens a round with 4 drafts.",
         "",
         *table([*names, "tokens with 4"], rows),
+        "",
+        *[
+            f"One draft at temperature 1, on text that was {row['text']}: drawn from the drafter's "
+            f"distribution it stands with {cell(row['overlap'])}, its most likely token with "
+            f"{cell(row['likeliest'])}."
+            for row in result["rows"]
+            if row["temperature"] and "likeliest" in row
+        ],
     ]
 
 

@@ -109,6 +109,7 @@ def measure_drafter(args: argparse.Namespace) -> None:
                 "survival": found.survival,
                 "tokens_per_round": [1 + sum(found.survival[:k]) for k in range(1, 9)],
                 "overlap": found.overlap,
+                "likeliest": found.likeliest,
             }
         )
         print(json.dumps(rows[-1], indent=1))

@@ -86,6 +86,12 @@ EXPERIMENTS: dict[str, dict[str, Setting]] = {
     | _control("suffix", "survival"),
     "gammatune": _fixed("ngram", 1, 2, 4, 8, 16)
     | _control("ngram", "gammatune", "gammatune-plus", "survival"),
+    "specdec-pp": _fixed("draft", 1, 2, 4, 8)
+    | _control("draft", "specdec-pp", "confidence", "survival"),
+    "utility-spec": _fixed("ngram", 1, 2, 3, 5, 7)
+    | _control("ngram", "utility", "survival", most=7)
+    | _fixed("draft", 1, 3)
+    | _control("draft", "utility", most=7),
 }
 
 

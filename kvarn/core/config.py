@@ -50,6 +50,9 @@ class EngineConfig:
     draft_length: str = option("survival", "how many are drafted for whom: a part of `kvarn parts`")
     draft_tokens: int = option(8, "longest draft", "tokens")
     draft_model: str = option("", "speculate=draft: name or folder of the drafting model")
+    draft_choice: str = option(
+        "drawn", "a drafting model's tokens: drawn at the request's temperature, or likeliest"
+    )
     train_drafter: str = option(
         "off", "the drafter learns from live traffic: off, on (a thread beside the steps), inline"
     )
@@ -144,6 +147,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "overlap": ("auto", "on", "off"),
     "graphs": ("auto", "on", "off"),
     "kv_dtype": ("auto", "fp8"),
+    "draft_choice": ("drawn", "likeliest"),
     "train_drafter": ("off", "on", "inline"),
 }
 

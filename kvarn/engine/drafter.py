@@ -15,8 +15,8 @@ from kvarn.kv.evict import Evict
 from kvarn.kv.manager import KVManager
 from kvarn.models.load import Model, load
 from kvarn.models.quantized.convert import Kind
+from kvarn.runner.drafting import DraftSampler
 from kvarn.runner.factory import RunnerFactory
-from kvarn.runner.sampler import Sampler
 from kvarn.sparse.rules import Rules
 from kvarn.speculate.propose.draft_model import DraftModel
 from kvarn.speculate.train.load import load_drafter as load_shared
@@ -41,13 +41,13 @@ class Drafter:
     ) -> DraftModel:
         """The part, with `pages` by group."""
         device = self.model.device
-        sampler = Sampler(self.model.spec.vocab, device, config.seed, None)
+        draws = DraftSampler(self.model.spec.vocab, device, config.seed)
         build = RunnerFactory(
             config,
             self.model,
             self.groups,
             attention,
-            sampler,
+            draws,
             kv_kind,
             Rules(self.groups, config.page_size),
             captured,
@@ -59,7 +59,8 @@ class Drafter:
             index = make(config.page_size, windows, cast(Evict, find("evict", config.evict)()))
         kv = KVManager(self.groups, pages, config.page_size, index)
         runner = build.runner(pages, config.max_len)
-        return DraftModel(runner, kv, config.budget, config.max_seqs)
+        drawn = draws if config.draft_choice == "drawn" else None
+        return DraftModel(runner, kv, config.budget, config.max_seqs, drawn)
 
 
 def _sharing(config: EngineConfig, folder: Path, target: Model) -> Drafter:
@@ -75,6 +76,13 @@ def _sharing(config: EngineConfig, folder: Path, target: Model) -> Drafter:
 def load_drafter(resolved: Resolved, target: Model) -> Drafter:
     """The model that `draft_model` names, in the target's format; vocabularies agree."""
     config = resolved.config
+    if config.tp > 1 and config.draft_choice == "drawn":
+        if resolved.origins["draft_choice"].source != "default":
+            raise ConfigError(
+                f"draft_choice=drawn hands whole distributions to the verifier, which tp={config.tp} "
+                f"ranks are not told: use draft_choice=likeliest or tp=1"
+            )
+        resolved.choose("draft_choice", "likeliest", "derived", "ranks are told tokens only")
     folder = Path(config.draft_model) if config.draft_model else shipped(config.model)
     if folder is None:
         raise ConfigError(

@@ -8,6 +8,8 @@ from kvarn.core.seq import Seq
 from kvarn.schedule.control import ControlPlane
 from kvarn.speculate.costs import Measured
 from kvarn.speculate.part import Ask, LengthControl, Proposer, Round, Trainer, Verified
+from kvarn.speculate.records import Listener
+from kvarn.speculate.records import records as judged
 
 
 @dataclass(slots=True)
@@ -20,6 +22,7 @@ class Speculation:
     clock: Callable[[], float]
     costs: Measured = field(default_factory=Measured)
     trainer: Trainer | None = None
+    listeners: list[Listener] = field(default_factory=list)  #: hear of every draft judged
     _drafting: float = 0.0  #: seconds of the drafting that the step under way verifies
     _drafts: dict[SeqId, Draft] = field(default_factory=dict)  #: that it verifies
 
@@ -95,6 +98,10 @@ class Speculation:
             self.costs.saw_step(plan.n_tokens, seconds - self._drafting)
         if self.trainer is not None:
             self.trainer.observe(plan, result)
+        if self.listeners:
+            for record in judged(plan, result, self._drafts):
+                for listener in self.listeners:
+                    listener(record)
         self.length.observe(records, seconds - self._drafting, self._drafting)
         self.proposer.observe(records)
         self._drafting, self._drafts = 0.0, {}

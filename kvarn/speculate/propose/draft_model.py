@@ -2,8 +2,12 @@
 
 It has a runner, pages and a prefix index of its own: whatever befalls the target's KV (preemption,
 swapping, eviction) does not touch the drafter's, which catches up by itself, in chunks of the
-step's budget. Drafts are its most likely tokens (DELTA), and each token's probability under it is
-the confidence that length controls stop by.
+step's budget. Each token's probability under it is the confidence that length controls stop by.
+
+Drafts are its most likely tokens (DELTA). Where they are to be drawn and the request samples, they
+are drawn as the request's tokens are, at its temperature, top-k, top-p and min-p, and verification
+is told the distributions; but not for a request with a seed, whose tokens must not depend on what
+is drafted.
 
 Regime: predictable text at small batches, where a step costs little more for several rows than for
 one and the drafter a small part of it. Loses where the target is not bound by memory (large
@@ -12,7 +16,10 @@ batches), and against model-free proposers on text that repeats itself.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
 
 from kvarn.core.part import Cap, Part
 from kvarn.core.plan import Draft, SeqId, SeqStart, Span, StepPlan
@@ -20,6 +27,7 @@ from kvarn.core.request import SamplingParams
 from kvarn.core.seq import Seq
 from kvarn.kv.manager import KVManager
 from kvarn.models.decoder import Decoder
+from kvarn.runner.drafting import DraftSampler
 from kvarn.runner.executor import Runner
 from kvarn.speculate.part import Ask, LengthControl, Verified
 
@@ -43,6 +51,7 @@ class _Draft:
     follower: _Follower
     most: int
     draft: Draft
+    q: list[Tensor] = field(default_factory=list)  #: [vocab] of each token that was drawn
 
 
 class DraftModel(Part):
@@ -55,9 +64,20 @@ class DraftModel(Part):
         "Loses at large batches, and on repetitions that a suffix tree finds for nothing."
     )
 
-    def __init__(self, runner: Runner, kv: KVManager, budget: int, max_seqs: int) -> None:
-        """`budget`: positions of one forward pass; `max_seqs`: rows of the runner's image."""
+    def __init__(
+        self,
+        runner: Runner,
+        kv: KVManager,
+        budget: int,
+        max_seqs: int,
+        draws: DraftSampler | None = None,
+    ) -> None:
+        """`budget`: positions of one forward pass; `max_seqs`: rows of the runner's image.
+
+        `draws`: the runner's sampler, where drafts are to be drawn.
+        """
         self.runner, self.kv, self.budget, self.max_seqs = runner, kv, budget, max_seqs
+        self.draws = draws
         self._followers: dict[SeqId, _Follower] = {}
         self._gone: list[SeqId] = []  # rows that the runner must forget
         self._step = 0
@@ -140,12 +160,24 @@ class DraftModel(Part):
             if idle is None:
                 return None
             self._drop(idle)
-        request = replace(target.request, sampling=GREEDY)
+        request = replace(target.request, sampling=self._sampling(target.request.sampling))
         seq = Seq(target.id, request, target.index, target.tokens, 1 << 60, target.order)
         match = self.kv.lookup(seq)
         self.kv.attach(seq, match, self._now)
         follower = self._followers[target.id] = _Follower(seq, len(seq.tokens))
         return follower
+
+    def _sampling(self, wanted: SamplingParams) -> SamplingParams:
+        """How drafts for a request that is sampled like this are chosen."""
+        if self.draws is None or wanted.temperature == 0 or wanted.seed is not None:
+            return GREEDY
+        return replace(
+            GREEDY,
+            temperature=wanted.temperature,
+            top_k=wanted.top_k,
+            top_p=wanted.top_p,
+            min_p=wanted.min_p,
+        )
 
     def _correct(self, follower: _Follower) -> None:
         """Put what the target committed in place of what was drafted."""
@@ -193,6 +225,9 @@ class DraftModel(Part):
             one = drafts[span.seq]
             one.draft.tokens.append(result.tokens[i][0])
             one.draft.confidence.append(math.exp(extra.logprobs[0].logprob))
+            if self.draws is not None:
+                q = self.draws.q.get(self.runner.image.row(span.seq))
+                one.q += [] if q is None else [q]
 
     def _go_on(self, drafts: dict[SeqId, _Draft], control: LengthControl) -> None:
         """A token more for all whose draft is not long enough, until there is nobody left."""
@@ -213,3 +248,4 @@ class DraftModel(Part):
             self._run(plan, drafts)
         for one in drafts.values():
             one.follower.drafted = list(one.draft.tokens)
+            one.draft.q = torch.stack(one.q) if one.q else None

@@ -25,7 +25,8 @@ class Acceptance:
 
     chains: int  #: places measured from
     survival: list[float]  #: chance that the first k drafts are all accepted, k = 1, 2, ...
-    overlap: float  #: mean of sum min(p, q), the acceptance of one draft at temperature 1
+    overlap: float  #: mean of sum min(p, q): acceptance at temperature 1 of a token drawn from q
+    likeliest: float  #: the same of the drafter's most likely token: mean of p(argmax q)
 
     @property
     def by_position(self) -> list[float]:
@@ -42,7 +43,7 @@ def measure(
 
     Raises `ConfigError` where no text is `longest` tokens long.
     """
-    chains, overlaps = list[Tensor](), list[Tensor]()
+    chains, overlaps, likeliest = list[Tensor](), list[Tensor](), list[Tensor]()
     for sample in samples:
         wrote = sample.tokens[sample.prompt :].to(target.device)
         p, q = (_distributions(model, sample) for model in (target, drafter))
@@ -52,12 +53,14 @@ def measure(
             at = wrote.unsqueeze(1)
             share = (q.gather(1, at) / p.gather(1, at)).clamp_max(1.0).squeeze(1)
         overlaps.append(torch.minimum(p, q).sum(1))
+        likeliest.append(p.gather(1, q.argmax(1, keepdim=True)).squeeze(1))
         if len(share) >= longest:
             chains.append(share.unfold(0, longest, 1).cumprod(1))
     if not chains:
         raise ConfigError(f"no text here has {longest} tokens after its prompt")
     survival = torch.cat(chains).mean(0).tolist()
-    return Acceptance(sum(map(len, chains)), survival, torch.cat(overlaps).mean().item())
+    overlap, best = (torch.cat(one).mean().item() for one in (overlaps, likeliest))
+    return Acceptance(sum(map(len, chains)), survival, overlap, best)
 
 
 def _distributions(model: Decoder, sample: Sample) -> Tensor:
