@@ -79,8 +79,8 @@ def load_drafter(resolved: Resolved, target: Model) -> Drafter:
     if config.tp > 1 and config.draft_choice == "drawn":
         if resolved.origins["draft_choice"].source != "default":
             raise ConfigError(
-                f"draft_choice=drawn hands whole distributions to the verifier, which tp={config.tp} "
-                f"ranks are not told: use draft_choice=likeliest or tp=1"
+                f"draft_choice=drawn hands distributions to the verifier, and {config.tp} ranks "
+                f"are told tokens only: use draft_choice=likeliest or tp=1"
             )
         resolved.choose("draft_choice", "likeliest", "derived", "ranks are told tokens only")
     folder = Path(config.draft_model) if config.draft_model else shipped(config.model)
