@@ -13,6 +13,7 @@ from typing import Any, Literal, get_type_hints
 from kvarn.bench import record, residuals, sim
 from kvarn.bench.options import Fleet, Traffic, Workload
 from kvarn.bench.sim_load import find_trace
+from kvarn.bench.sim_report import workload_of
 from kvarn.bench.stats import percentile
 from kvarn.core.errors import ConfigError, nearest
 from kvarn.cost.perturb import Perturbed, draws
@@ -133,7 +134,7 @@ def run(
         watch,
     )
     about = {"vary": vary, "draws": how.n, "draw_seed": how.seed}
-    head = record.header("policies", sim.workload_of(work, traffic, trace), asdict(fleet))
+    head = record.header("policies", workload_of(work, traffic, trace), asdict(fleet))
     return head | about | asdict(width) | asdict(found)
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kvarn.bench import metrics
-from kvarn.bench.sim import Simulated, sample_of
+from kvarn.bench.sim import Simulated
+from kvarn.bench.sim_report import sample_of
 from kvarn.core.errors import ConfigError
 from kvarn.sim.run import Outcome, PageUse
 
