@@ -4,6 +4,7 @@ from typing import Any
 
 from cells import Lines, cell, table
 
+from kvarn.bench import modelled_lengths
 from kvarn.bench import online_spec as online
 
 
@@ -85,4 +86,16 @@ def reproduce(result: dict[str, Any]) -> Lines:
         "kind of text and batch size. All settings gave the same tokens.",
         "",
         *table(["setting", *(f"{text} x{batch}" for text, batch in cases)], rows),
+    ]
+
+
+def lengths(result: dict[str, Any]) -> Lines:
+    """Length controls on modelled machines."""
+    settings, rows = modelled_lengths.table_of(result)
+    return [
+        f"`kvarn reproduce {result['experiment']}`: length controls on **modelled** machines, one "
+        "sequence, a proposer that knows how sure it is; speed over no drafts. Fixed lengths are "
+        f"{modelled_lengths.LENGTHS[0]} to {modelled_lengths.LENGTHS[-1]}.",
+        "",
+        *table(["machine; text", *settings], [[name, *ratios] for name, ratios in rows]),
     ]

@@ -34,6 +34,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "speculation_batches": ("Speculation against batch size", speculation.speculation_batches),
     "drafter": ("The drafter of SmolLM2", speculation.drafter),
     "reproduce": ("Speculation on real text", speculation.reproduce),
+    "reproduce-lengths": ("Lengths of drafts on modelled machines", speculation.lengths),
     "online_spec": ("A drafter that learns", speculation.online_spec),
     "reproduce-kept": ("The KV that is kept, on text", sparsity.kept),
     "reproduce-streaming": ("A stream longer than the cache", sparsity.streaming),

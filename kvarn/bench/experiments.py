@@ -21,6 +21,7 @@ class Experiment:
 #: experiments in modules of their own, with `run(model)` and `lines(result)`, and their models
 MODULES = {
     "deployment-challenges": ("kvarn.bench.session_study", "llama-3.1-8b"),
+    "draft-lengths": ("kvarn.bench.modelled_lengths", "modelled"),
     "hermes": ("kvarn.bench.pipeline_study", "llama-3.1-8b"),
     "online-spec": ("kvarn.bench.online_spec", "smollm2-135m"),
     "sage-kv": ("kvarn.bench.kept_study", "smollm2-135m"),
@@ -28,7 +29,7 @@ MODULES = {
 }
 
 #: experiments of `kvarn.bench.reproduce`, by text and setting
-TEXTS = ("suffix-decoding", "gammatune")
+TEXTS = ("suffix-decoding", "gammatune", "specdec-pp", "utility-spec")
 
 
 def find(name: str) -> Experiment:
