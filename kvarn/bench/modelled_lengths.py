@@ -1,4 +1,4 @@
-"""`kvarn reproduce draft-lengths`: length controls on modelled machines, against every fixed length.
+"""`kvarn reproduce draft-lengths`: length controls on modelled machines beside every fixed length.
 
 Nothing is measured: a round's time follows from its rows and drafts, and every position of a text
 is accepted with a probability that the proposer knows. So it shows where a control can win, not how

@@ -13,7 +13,7 @@ def test_controls_where_they_are_at_home() -> None:
     assert result["results"] == again["results"]
     _, rows = table_of(result)
     assert len(rows) == len(MACHINES) * len(TEXTS)
-    found = {name: ratios for name, ratios in rows}
+    found = dict(rows)
     best, _, specdec, _, _ = found["dense, costly drafts; by token"]
     assert specdec > best > 1
     for text in ("poor", "by passage"):
