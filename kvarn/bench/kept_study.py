@@ -18,9 +18,9 @@ from kvarn.core.errors import ConfigError
 from kvarn.engine.llm import LLM
 
 PARTS = ("random", "streamingllm", "knorm", "h2o", "snapkv", "sage-kv")
-BUDGETS = (64, 128, 256)
-PROMPT, GIVEN, TEXTS = 1024, 48, 4  #: tokens; texts
-QUESTIONS, ANSWER = 16, 8  #: of each kind; tokens of an answer
+BUDGETS = (128, 256)
+PROMPT, GIVEN, TEXTS = 1024, 32, 2  #: tokens; texts
+QUESTIONS, ANSWER = 8, 6  #: of each kind; tokens of an answer
 PLACES = ("mill", "bridge", "tower", "harbour", "market", "castle", "garden", "station")
 
 

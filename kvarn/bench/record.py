@@ -59,7 +59,7 @@ def versions() -> dict[str, str]:
 def commit() -> str | None:
     """Commit of the source tree that runs ('+' when it has local changes).
 
-    Outside git (a copy of the tree on another machine) what `KVARN_COMMIT` says, or None.
+    In a copy of the tree on another machine it is what `KVARN_COMMIT` says; None: nobody knows.
     """
     folder = Path(__file__).resolve().parent
 
@@ -72,9 +72,10 @@ def commit() -> str | None:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    head = git("rev-parse", "HEAD")
+    said = os.environ.get("KVARN_COMMIT")
+    head = None if said else git("rev-parse", "HEAD")
     if head is None:
-        return os.environ.get("KVARN_COMMIT")
+        return said
     return head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
