@@ -28,6 +28,24 @@ def sim_routers(result: dict[str, Any]) -> Lines:
     ]
 
 
+def sim_scale(result: dict[str, Any]) -> Lines:
+    """What the simulator itself takes."""
+    names = (
+        "instances", "router", "prefix", "requests", "steps", "virtual_seconds", "wall_seconds",
+        "cpu_seconds", "requests_per_second",
+    )  # fmt: skip
+    large = result["large"]
+    rows = [[result[one][name] for name in names] for one in ("large", "mooncake")]
+    return [
+        f"One process. The first row is {large['minutes']:g} minutes of arrivals at "
+        f"{large['rate']:.0f} requests/s; by its time a request, an hour of them takes "
+        f"{cell(large['hour_in_wall_hours'])} hours ({cell(large['hour_in_cpu_hours'])} of the "
+        f"processor). The second is the whole Mooncake conversation trace.",
+        "",
+        *table([name.replace("_", " ") for name in names], rows),
+    ]
+
+
 def policies(result: dict[str, Any]) -> Lines:
     """Ratios of policies in simulation, with what is left of them when the times are wrong."""
     said, option = result["config"], result["vary"].partition("=")[0]

@@ -40,6 +40,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "reproduce-streaming": ("A stream longer than the cache", sparsity.streaming),
     "sparse_decode": ("Long prompts on a GPU, dense and kept in part", sparsity.sparse_decode),
     "sim_routers": ("Routers in simulation", sim.sim_routers),
+    "sim_scale": ("How fast the simulator is", sim.sim_scale),
     "policies": ("Routers in simulation, with error bars", sim.policies),
     "reproduce-sessions": ("Sessions of long contexts", sim.sessions),
     "reproduce-pipelines": ("Pipelines of several stages", sim.pipelines),

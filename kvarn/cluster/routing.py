@@ -27,7 +27,7 @@ class Routing:
 
     def _send(self, event: Arrived, now: float) -> Action:
         request = event.request
-        if min(self.fleet.requests) >= self.most:
+        if self.fleet.requests[self.fleet.least()] >= self.most:
             return Refuse(request, f"every instance has {self.most} requests", 1.0)
         choice = self.router.choose(request, self.fleet, now)
         self.fleet.sent(request.id, choice.instance, choice.prompt)

@@ -87,3 +87,19 @@ def test_prefix_aware_keeps_a_prefix_together():
         places.setdefault(request.prompt[0], set()).add(action.instance)
         policy.handle(Finished(request.id, action.instance), i + 0.5)
     assert all(len(found) == 1 for found in places.values())
+
+
+def test_the_fleet_knows_who_has_least():
+    """The heap with outdated loads answers as a scan over all instances does."""
+    rng, fleet, sent = Random(0), Fleet(5), []
+    for i in range(3000):
+        scan = min(range(5), key=lambda at: (fleet.requests[at], fleet.tokens[at], at))
+        assert fleet.least() == scan
+        kind = rng.randrange(3)
+        if kind == 0 or not sent:
+            sent.append(str(i))
+            fleet.sent(str(i), rng.randrange(5), rng.randrange(9))
+        elif kind == 1:
+            fleet.started(rng.choice(sent))
+        else:
+            fleet.finished(sent.pop(rng.randrange(len(sent))))

@@ -10,15 +10,6 @@ from kvarn.core.part import Part
 from kvarn.core.request import Request
 
 
-def least(fleet: Fleet) -> int:
-    """The instance with the fewest open requests; among equals, the fewest tokens to compute."""
-    fewest = min(fleet.requests)
-    if fleet.requests.count(fewest) == 1:
-        return fleet.requests.index(fewest)
-    equals = (i for i, count in enumerate(fleet.requests) if count == fewest)
-    return min(equals, key=fleet.tokens.__getitem__)
-
-
 class LeastLoaded(Part):
     """Fewest open requests."""
 
@@ -27,7 +18,7 @@ class LeastLoaded(Part):
 
     def choose(self, request: Request, fleet: Fleet, now: float) -> Choice:
         """The least loaded of all instances."""
-        instance = least(fleet)
+        instance = fleet.least()
         open_, tokens = fleet.requests[instance], fleet.tokens[instance]
         return Choice(
             instance, len(request.prompt), f"fewest open ({open_}, {tokens} tokens to compute)"
