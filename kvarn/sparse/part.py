@@ -1,10 +1,9 @@
-"""`Sparsity`, the seam of eviction and selection: five hooks, of which a part defines those it has.
+"""`Sparsity`, the seam of eviction: a part defines the hooks that it has.
 
-- `filter_prompt`: choose positions of the prompt before its KV exists (`prompt_layers`).
-- `on_append`: `keep` says what a growing cache drops; plain numbers, known before anything runs.
-- `after_prefill`: `score` says what of a whole prompt stays, by layer and KV head.
-- `select`: which pages one step's attention reads; nothing is dropped.
-- `every_k_steps`: `period`, after which what was generated is judged again by `score`.
+- `keep`, on append: how many positions stay and where the next go, plain numbers that are known
+  before anything runs; `split`: the table groups that this needs.
+- `observe`: what rows of the prompt say, as they are computed.
+- `score`, after prefill: what of a whole prompt stays, by layer and KV head.
 
 Numbers are decided on the left (`keep`: so the simulator admits as the engine does), contents on
 the right (`observe`, `score`), on tensors whose methods are all that is used here.
