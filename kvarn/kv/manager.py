@@ -5,13 +5,14 @@ Pages that only the index holds are *idle*: they serve prefix hits until someone
 Nothing here touches memory: pages are numbers, so the simulator runs the same code.
 """
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 from kvarn.core.keep import ENDLESS
 from kvarn.core.model import GroupSpec
 from kvarn.core.plan import Compaction, PageCopy, PageId, TableEdit
 from kvarn.core.seq import Seq
+from kvarn.kv.integrity import Books, compare, recount
 from kvarn.kv.prefix import NO_PAGE, Match, PrefixIndex
 
 _NEVER = 1 << 60  # `published` of a sequence whose content is in the index under other pages
@@ -374,47 +375,15 @@ class KVManager:
         """
         seqs = list(seqs)
         problems = []
-        for group in range(len(self.groups)):
-            held = Counter(
-                page for seq in seqs for page in (seq.tables or [[]] * len(self.groups))[group]
+        for group, pages in enumerate(self.pages):
+            found = recount(pages, group, seqs, self.index)
+            books = Books(
+                self.refs[group], self.indexed[group], self.free[group], list(self._idle[group])
             )
-            held.update(page for seq in seqs if seq.spare for page in seq.spare[group])
-            known = Counter(
-                page
-                for node in (self.index.nodes() if self.index else [])
-                for page in node.pages[group]
-            )
-            del held[NO_PAGE], known[NO_PAGE]
-            for page in range(self.pages[group]):
-                refs, inside = held[page] + known[page], known[page] > 0
-                if refs != self.refs[group][page] or inside != bool(self.indexed[group][page]):
-                    problems.append(
-                        f"group {group} page {page}: counted {refs} holders (indexed: {inside}), "
-                        f"recorded {self.refs[group][page]} ({bool(self.indexed[group][page])})"
-                    )
-            idle = {page for page in known if not held[page]}
-            free = {page for page in range(self.pages[group]) if not held[page] and not known[page]}
-            if idle != set(self._idle[group]):
-                problems.append(
-                    f"group {group}: {len(self._idle[group])} idle, counted {len(idle)}"
-                )
-            if free != set(self.free[group]) or len(free) != len(self.free[group]):
-                problems.append(f"group {group}: {len(self.free[group])} free, counted {len(free)}")
-            if problems:
-                self._repair(group, held, known, sorted(free), sorted(idle))
+            differences = compare(group, books, found)
+            if differences:
+                problems += differences
+                self.refs[group], self.indexed[group] = found.refs, found.indexed
+                self.free[group] = found.free
+                self._idle[group] = OrderedDict.fromkeys(found.idle)
         return problems
-
-    def _repair(
-        self,
-        group: int,
-        held: Counter[PageId],
-        known: Counter[PageId],
-        free: list[PageId],
-        idle: list[PageId],
-    ) -> None:
-        """Set the books of one group to what was counted."""
-        pages = range(self.pages[group])
-        self.refs[group] = [held[page] + known[page] for page in pages]
-        self.indexed[group] = bytearray(known[page] > 0 for page in pages)
-        self.free[group] = free
-        self._idle[group] = OrderedDict.fromkeys(idle)

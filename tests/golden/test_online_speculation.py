@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import COMMON
 from golden.test_engine import expected, make_engine, make_requests, run
 
 from kvarn.core.config import resolve
@@ -25,12 +24,13 @@ DRAFTED = {"speculate": "draft", "draft_length": "fixed", "draft_tokens": 3}
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def folders(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Any) -> dict[str, str]:
     """A tiny model with a tied embedding, a small drafter of it, and one that is its equal."""
     root = tmp_path_factory.mktemp("tied")
     target = root / "target"
     target.mkdir()
-    tied = COMMON | {"model_type": "llama", "tie_word_embeddings": True}
+    plain = json.loads(Path(tiny_folder("llama"), "config.json").read_text())
+    tied = plain | {"tie_word_embeddings": True}
     (target / "config.json").write_text(json.dumps(tied))
     model = load(resolve({"model": str(target), "load": "random", "dtype": "float32"}))
     weights = RandomWeights(0, 0.0, torch.float32, "cpu")
