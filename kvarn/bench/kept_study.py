@@ -20,7 +20,7 @@ from kvarn.engine.llm import LLM
 PARTS = ("random", "streamingllm", "knorm", "h2o", "snapkv", "sage-kv")
 BUDGETS = (128, 256)
 PROMPT, GIVEN, TEXTS = 1024, 32, 2  #: tokens; texts
-QUESTIONS, ANSWER = 8, 6  #: of each kind; tokens of an answer
+QUESTIONS, ANSWER = 16, 6  #: of each kind; tokens of an answer
 PLACES = ("mill", "bridge", "tower", "harbour", "market", "castle", "garden", "station")
 
 
