@@ -62,7 +62,7 @@ class Bench:
             generator=torch.Generator("cuda").manual_seed(0),
         )  # fmt: skip
         plan = TritonPlan(rows, False, self.backend.multiprocessors)
-        there = plan._ready(HEADS, KV_HEADS, DIM, q)
+        there = plan.ready(HEADS, KV_HEADS, DIM, q)
         first = attend_all(rows, there, self.caches[0], q, False)[0]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -150,7 +150,7 @@ def make_control(fleet_: Fleet, spec: ModelSpec, trace: Trace) -> ControlPlane:
     rules = Rules(groups, size, fleet_.sparsity)
     return build_control(
         groups, pages, size, fleet_.scheduler, fleet_.prefix, fleet_.evict, capacity,
-        keeps=rules.keeps,
+        keeps=rules.keeps, selects=rules.selects,
     )  # fmt: skip
 
 
@@ -161,9 +161,8 @@ def pages_by_formula(fleet_: Fleet, spec: ModelSpec, size: int) -> int:
         quantization=fleet_.quantization,
     )  # fmt: skip
     wide = 1 if fleet_.kv_dtype == "fp8" else 4 if fleet_.dtype == "float32" else 2
-    pages = pages_for_bytes(
-        spec.groups(), memory, size, wide, fleet_.budget, fleet_.max_seqs, UNLIMITED
-    )
+    groups = split(spec.groups(), fleet_.sparsity)
+    pages = pages_for_bytes(groups, memory, size, wide, fleet_.budget, fleet_.max_seqs, UNLIMITED)
     if pages < 1:
         raise ConfigError(
             f"{spec.name} leaves no memory for KV on {fleet_.tp} x {fleet_.device}; raise tp, or "

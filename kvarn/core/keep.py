@@ -1,10 +1,13 @@
-"""`Keep`: how many positions of a sequence's KV stay, and where the next ones go.
+"""What of a sequence's KV stays (`Keep`) and what is read of it (`Select`): plain numbers.
 
 A cache with a budget is a row of slots. While it grows, position p is in slot p. A prompt longer
 than the budget is computed whole; then `budget` of its positions move together into the first slots
 (which ones is the business of `kvarn.sparse`, and differs by layer and head). From then on the last
 `recent` slots are a ring: each new position takes the place of the oldest recent one. So slots have
 no order that attention would have to know of, and a cache never holds more than `budget` positions.
+
+A sequence with a `Select` keeps all; what is generated sees some pages of it, others for each
+layer, KV head and row.
 """
 
 from dataclasses import dataclass
@@ -44,6 +47,29 @@ class Keep:
         if self.compacts(prompt_len):
             return prompt_len
         return 0 if self.turns else self.budget - self.recent
+
+
+@dataclass(slots=True, frozen=True)
+class Select:
+    """The rule of one sequence whose rows see `pages` of its pages each."""
+
+    pages: int  #: chosen for every row, layer and KV head
+    page_size: int
+    dense: float = 0.0  #: share of the layers that see all
+
+    def since(self, prompt_len: int) -> int:
+        """The first position that chooses: generated, and with more before it than it may see."""
+        return max(prompt_len, self.pages * self.page_size)
+
+    def seen(self, prompt_len: int, start: int) -> int:
+        """Positions that are read for the one at `start`, whatever they are read for.
+
+        What a page is chosen by, two vectors, is as large as the K and V of one position.
+        """
+        if start < self.since(prompt_len):
+            return start
+        chosen = min(start, self.pages * self.page_size + start // self.page_size)
+        return round(self.dense * start + (1 - self.dense) * chosen)
 
 
 def clamp(keeps: tuple[Keep, ...], prompt_len: int, start: int, count: int) -> int:

@@ -75,6 +75,8 @@ BUILT_IN: dict[tuple[str, str], str] = {
     ("sparsity", "pyramid"): "kvarn.sparse.pyramid:Pyramid",
     ("sparsity", "knorm"): "kvarn.sparse.knorm:KNorm",
     ("sparsity", "random"): "kvarn.sparse.random:Random",
+    ("sparsity", "quest"): "kvarn.sparse.quest:Quest",
+    ("sparsity", "random-pages"): "kvarn.sparse.random_pages:RandomPages",
     ("trainer", "online-spec"): "kvarn.speculate.train.trainer:OnlineTrainer",
     ("attention", "reference"): "kvarn.kernels.attention.reference:Reference",
     ("attention", "cpu"): "kvarn.kernels.attention.cpu:CPUAttention",

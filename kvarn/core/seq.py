@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from kvarn.core.keep import Keep
+from kvarn.core.keep import Keep, Select
 from kvarn.core.plan import Draft, PageId, SeqId
 from kvarn.core.request import Request
 
@@ -33,6 +33,7 @@ class Seq:
     capacity: int = 0  #: positions that the tables have pages for
     tables: list[list[PageId]] = field(default_factory=list)  #: by group; NO_PAGE: given back
     keep: tuple[Keep, ...] = ()  #: what stays of its KV, by group; (): all
+    select: Select | None = None  #: what its rows see of it; None: all
     spare: list[list[PageId]] = field(default_factory=list)  #: by group, for what stays
     published: int = 0  #: leading pages entered in the prefix index
     cursor: Any = None  #: the prefix-index node that this sequence pins

@@ -168,6 +168,7 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
         Capacity(config.budget, config.max_seqs, config.max_len, config.max_queue),
         step_log,
         rules.keeps,
+        rules.selects,
     )
     speculation = None
     if config.speculate != "none" and group.rank == 0:

@@ -27,7 +27,7 @@ def bytes_of(
 ) -> int:
     """Memory of the pools [bytes]."""
     return sum(
-        int(count * page_size * group.bytes_per_token(dtype_bytes))
+        int(count * (page_size + group.sketched) * group.bytes_per_token(dtype_bytes))
         for group, count in zip(groups, pages)
     )
 

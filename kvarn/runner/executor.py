@@ -27,6 +27,7 @@ from kvarn.runner.logprobs import most_likely
 from kvarn.runner.pieces import Pieces
 from kvarn.runner.pool import KVPool
 from kvarn.runner.sampler import Sampler, sample_on_gpu
+from kvarn.runner.selecting import Selecting, SelectingStep
 from kvarn.runner.state import DeviceState
 from kvarn.runner.trees import is_tree, path, straightened
 from kvarn.runner.turning import Turning
@@ -90,7 +91,9 @@ class Runner:
         self.sampler = sampler
         self.image = Image(max_seqs, len(groups), page_size)
         self.extras = Extras(decoder, self.image)
-        self.keeping = Keeping(rules or Rules(groups, page_size), backend, self.image)
+        rules = rules or Rules(groups, page_size)
+        self.keeping = Keeping(rules, backend, self.image)
+        self.selecting = Selecting(rules, backend, pool, self.image, state, decoder.device)
         ropes = [decoder.rotary(layer) for layer in range(self.spec.n_layers)]
         self.turning = Turning(backend, pool, self.image, ropes)
         self.state = state
@@ -136,7 +139,7 @@ class Runner:
     def _hand_over(self, plan: StepPlan) -> InFlight:
         if self.decoder.device.index is not None and self.decoder.device.type == "cuda":
             torch.cuda.set_device(self.decoder.device)  # the calling thread may have another
-        if plan.drafts and not self.trees:
+        if plan.drafts and (not self.trees or self.selecting.parts):
             plan = straightened(plan)
         outcome = StepResult(plan.step, [[] for _ in plan.spans])
         step = InFlight(outcome, time.perf_counter(), self.image, self.pool, self.acceptance)
@@ -165,6 +168,7 @@ class Runner:
                 self.sampler.stop(row)
                 self.extras.stop(row)
                 self.turning.stop(row)
+                self.selecting.stop(row)
         for start in plan.starts:
             self._start(start)
         for edit in plan.edits:
@@ -178,6 +182,7 @@ class Runner:
 
     def _start(self, start: SeqStart) -> None:
         row = self.image.start(start)
+        self.selecting.start(row, start)
         kept = self.keeping.start(start)
         if kept is not None and kept.part.turns:
             self.turning.start(row, kept.part.sinks)
@@ -190,7 +195,8 @@ class Runner:
     def _compute(self, batch: Batch, step: InFlight, watched: list[list[Watched]]) -> None:
         """Forward and sample, through a captured graph where the step is one that repeats."""
         wanted = self.tap is None and batch.decodes and not self.extras.wanted(batch)
-        wanted = wanted and not watched
+        selecting = self.selecting.step(batch)
+        wanted = wanted and not watched and selecting is None
         if self.graphs is not None and wanted and self.graphs.take(len(batch.rows)):
             assert self.state is not None
             rows, lengths = batch.rows, batch.ends
@@ -206,7 +212,7 @@ class Runner:
             return
         if self.state is not None:
             self.state.write(self.state.entries(self.image))
-        hidden = self._forward(batch, watched)
+        hidden = self._forward(batch, watched, selecting)
         if self.extras.wanted(batch):
             self.extras.take(batch, hidden, step.outcome)
         if len(batch.logits_at):
@@ -214,24 +220,29 @@ class Runner:
                 hidden = hidden[upload([batch.logits_at], torch.int64, hidden.device)[0]]
             self._choose(batch, self.decoder.logits(hidden, self.tap), step)
 
-    def _forward(self, batch: Batch, watched: list[list[Watched]]) -> Tensor:
+    def _forward(
+        self, batch: Batch, watched: list[list[Watched]], selecting: SelectingStep | None
+    ) -> Tensor:
         """Final hidden states [T, hidden]."""
         forest = batch.forest
         if forest is None:
             plans: list[Any] = [self.backend.plan(rows) for rows in batch.groups]
         else:
             plans = [self._tree_plan(rows, forest) for rows in batch.groups]
-        attend = PagedAttend(
-            [self._layer_plan(layer, plans, watched) for layer in range(self.spec.n_layers)],
-            self.pool.cache,
-            takes_projection=self.state is not None and forest is None and not watched,
-        )
+        by_layer = [plans[self._group_of[layer]] for layer in range(self.spec.n_layers)]
+        if selecting is not None:
+            by_layer = [new or plain for new, plain in zip(selecting.plans, by_layer, strict=True)]
+        if watched:
+            by_layer = [self._watching(i, plan, watched) for i, plan in enumerate(by_layer)]
+        eager = forest is not None or bool(watched)
+        eager = eager or (selecting is not None and not selecting.fused)
+        takes_projection = self.state is not None and not eager
+        attend = PagedAttend(by_layer, self.pool.cache, takes_projection)
         device = self.decoder.device
         if self.state is None:
             tokens, positions = upload([batch.tokens, batch.positions], torch.int64, device)
             return self.decoder.forward(tokens, positions, attend, self.tap)
-        plain = forest is None and self.tap is None and not watched
-        pieces = self.pieces if plain else None
+        pieces = self.pieces if takes_projection and self.tap is None else None
         if pieces is not None and pieces.take(len(batch.tokens)):
             return pieces.run(batch, attend)
         from kvarn.kernels.triton.feed import feed
@@ -241,12 +252,10 @@ class Runner:
         tokens = feed(said, rows, self.state.last)
         return self.decoder.forward(tokens, positions, attend, self.tap)
 
-    def _layer_plan(self, layer: int, plans: list[Any], watched: list[list[Watched]]) -> Any:
-        """The plan of the layer's group, watched where something of it will go."""
-        group = self._group_of[layer]
-        if not watched or not watched[group]:
-            return plans[group]
-        return WatchingPlan(plans[group], self.keeping, layer, watched[group])
+    def _watching(self, layer: int, plan: Any, watched: list[list[Watched]]) -> Any:
+        """The layer's plan, watched where something of its group will go."""
+        mine = watched[self._group_of[layer]]
+        return WatchingPlan(plan, self.keeping, layer, mine) if mine else plan
 
     def _choose(self, batch: Batch, logits: Tensor, step: InFlight) -> None:
         """The next token of every row of the logits [R, V], on the device if nobody has to see."""

@@ -28,6 +28,7 @@ class KVPool:
         self.dtype = dtype
         self.page_size = page_size
         self.groups = list(groups)
+        self.pages = list(pages)
         self.cache: dict[int, Any] = {}
         for group, count in zip(groups, pages):
             caches = backend.allocate(

@@ -9,7 +9,7 @@ from kvarn.kv.evict import Evict
 from kvarn.kv.manager import KVManager
 from kvarn.kv.prefix import PrefixIndex
 from kvarn.schedule import Scheduler
-from kvarn.schedule.control import Capacity, ControlPlane, Keeps, keep_all
+from kvarn.schedule.control import Capacity, ControlPlane, Keeps, Selects, keep_all, see_all
 from kvarn.schedule.logged import LoggedControl, Write
 
 
@@ -23,10 +23,11 @@ def build_control(
     capacity: Capacity,
     write: Write | None = None,
     keeps: Keeps = keep_all,
+    selects: Selects = see_all,
 ) -> ControlPlane:
     """Parts by name (`prefix` may be "none"); unknown names are errors that say the nearest.
 
-    `keeps` says what stays of a request's KV.
+    `keeps` says what stays of a request's KV, `selects` what is read of it.
 
     With `write` the control plane records every call there (`kvarn.schedule.logged`).
     """
@@ -39,5 +40,5 @@ def build_control(
     kv = KVManager(groups, pages, page_size, index)
     part = cast(Scheduler, find("scheduler", scheduler)())
     if write is not None:
-        return LoggedControl(part, kv, capacity, keeps, write)
-    return ControlPlane(part, kv, capacity, keeps)
+        return LoggedControl(part, kv, capacity, keeps, selects, write)
+    return ControlPlane(part, kv, capacity, keeps, selects)

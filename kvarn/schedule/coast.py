@@ -36,7 +36,7 @@ def can_coast(control: ControlPlane, in_flight: int = 0) -> int:
             or seq.first_token_at is None
         ):
             return 0
-        if seq.keep:
+        if seq.keep or seq.select is not None:
             return 0
         most = min(
             most, seq.goal - len(seq.tokens) - in_flight

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from kvarn.core.errors import QueueFull
-from kvarn.core.keep import Keep
+from kvarn.core.keep import Keep, Select
 from kvarn.core.output import EngineStats, FinishReason
 from kvarn.core.plan import Draft, SeqId, Span, SpanResult, StepPlan, StepResult
 from kvarn.core.request import Request
@@ -22,11 +22,18 @@ from kvarn.schedule.planner import Planner, Queues
 
 #: what stays of a request's KV, by group; (): all of it
 Keeps = Callable[[Request], tuple[Keep, ...]]
+#: what is read of it; None: all that stays
+Selects = Callable[[Request], Select | None]
 
 
 def keep_all(request: Request) -> tuple[Keep, ...]:
     """Every position of every request."""
     return ()
+
+
+def see_all(request: Request) -> Select | None:
+    """Every row sees all that stays."""
+    return None
 
 
 @dataclass(slots=True)
@@ -71,11 +78,13 @@ class ControlPlane:
         kv: KVManager,
         capacity: Capacity,
         keeps: Keeps = keep_all,
+        selects: Selects = see_all,
     ) -> None:
         self.scheduler = scheduler
         self.kv = kv
         self.capacity = capacity
         self.keeps = keeps
+        self.selects = selects
         self.budget = capacity.budget  #: positions of a step; lower after running out of memory
         self.max_seqs = capacity.max_seqs  #: sequences that run at once; likewise
         self.queues = Queues()
@@ -132,6 +141,7 @@ class ControlPlane:
             generates=generates,
             stops=frozenset(stops),
             keep=self.keeps(request) if generates else (),
+            select=self.selects(request),
         )
         self._next_seq += 1
         return seq
@@ -320,11 +330,13 @@ class ControlPlane:
     # what is there
 
     def context(self, span: Span) -> int:
-        """Positions that the first row of a planned `span` attends to beside itself, for prices."""
-        keeps = self.seqs[span.seq].keep
+        """Positions that the first row of a planned `span` reads beside its own, for prices."""
+        seq = self.seqs[span.seq]
+        if seq.select is not None:
+            return seq.select.seen(seq.prompt_len, span.start)
+        keeps = seq.keep
         if not keeps:
             return span.start
-        seq = self.seqs[span.seq]
         return sum(keep.seen(seq.prompt_len, span.start) for keep in keeps) // len(keeps)
 
     def stats(self) -> EngineStats:

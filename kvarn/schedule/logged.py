@@ -14,7 +14,7 @@ from kvarn.core.request import Request
 from kvarn.core.seq import Seq
 from kvarn.kv.manager import KVManager
 from kvarn.schedule import Scheduler
-from kvarn.schedule.control import Capacity, ControlPlane, Keeps, Progress
+from kvarn.schedule.control import Capacity, ControlPlane, Keeps, Progress, Selects
 
 Write = Callable[[dict[str, Any]], None]
 Result = TypeVar("Result")
@@ -24,9 +24,10 @@ class LoggedControl(ControlPlane):
     """The same decisions, and a record of each call from outside to `write`."""
 
     def __init__(
-        self, scheduler: Scheduler, kv: KVManager, capacity: Capacity, keeps: Keeps, write: Write
-    ) -> None:
-        super().__init__(scheduler, kv, capacity, keeps)
+        self, scheduler: Scheduler, kv: KVManager, capacity: Capacity, keeps: Keeps,
+        selects: Selects, write: Write,
+    ) -> None:  # fmt: skip
+        super().__init__(scheduler, kv, capacity, keeps, selects)
         self._write = write
         self._depth = 0  # calls that this class makes of itself are consequences, not causes
 

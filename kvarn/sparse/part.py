@@ -1,26 +1,31 @@
-"""`Sparsity`, the seam of eviction: a part defines the hooks that it has.
+"""`Sparsity`, the seam of eviction and selection: a part defines the hooks that it has.
 
 - `keep`, on append: how many positions stay and where the next go, plain numbers that are known
   before anything runs; `split`: the table groups that this needs.
 - `observe`: what rows of the prompt say, as they are computed.
 - `score`, after prefill: what of a whole prompt stays, by layer and KV head.
+- `select`, at every row that is generated: which pages it sees, by layer and KV head; `rule`: how
+  many.
 
-Numbers are decided on the left (`keep`: so the simulator admits as the engine does), contents on
-the right (`observe`, `score`), on tensors whose methods are all that is used here.
+Numbers are decided on the left (`keep`, `rule`: so the simulator admits and prices as the engine
+does), contents on the right (`observe`, `score`, `select`), on tensors whose methods are all that
+is used here.
 
 Shapes: q [t, Hq, d] and k [L, Hkv, d] of one layer and one sequence, rotated as cached.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from kvarn.core.errors import ConfigError
-from kvarn.core.keep import Keep
+from kvarn.core.keep import Keep, Select
 from kvarn.core.model import GroupSpec
 from kvarn.core.part import Cap, Part
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+LEAST = 3  #: pages of a selection: the first, the one being written, and one that is chosen
 
 
 @dataclass(slots=True)
@@ -44,6 +49,10 @@ class Sparsity(Part):
 
     def keep(self, group: GroupSpec, n_layers: int) -> Keep | None:
         """The rule of a sequence in `group` of a model of `n_layers`; None: everything stays."""
+        return None
+
+    def rule(self, page_size: int, n_layers: int) -> Select | None:
+        """What rows of a sequence see of its pages, in a model of `n_layers`; None: all."""
         return None
 
     def check(self, page_size: int, groups: int) -> None:
@@ -88,4 +97,58 @@ class OneShot(Sparsity):
 
     def score(self, prompt: Prompt) -> "Tensor":
         """How much each position is worth keeping: [Hkv, L] fp32."""
+        raise NotImplementedError
+
+
+@dataclass(slots=True)
+class Pages:
+    """What one row may choose from, in one layer: P whole pages by the bounds of their keys."""
+
+    q: "Tensor"  #: [Hkv, Hq / Hkv, d]
+    low: "Tensor"  #: [P, Hkv, d] the least of each number among a page's keys
+    high: "Tensor"  #: and the largest
+    layer: int
+    position: int  #: of the row
+
+
+@dataclass(slots=True, frozen=True)
+class Selector(Sparsity):
+    """Everything stays; what is generated sees the pages that matter to each row.
+
+    The page being written and the first are always among them. A row of a prompt, and one that has
+    no more pages before it than it may see, sees all.
+    """
+
+    budget: int = 2048  #: positions seen of every head, in whole pages [tokens]
+    dense: int = 2  #: first layers, whose rows see all: their attention is spread widely
+
+    #: whether `select` is the upper bound of the keys' products with a query of the KV head, the
+    #: largest of its queries: which a GPU's kernel computes for all rows together
+    bounds: ClassVar[bool] = False
+
+    def split(self, groups: list[GroupSpec]) -> list[GroupSpec]:
+        """See `Sparsity`: the same groups, with bounds beside their pages."""
+        return [replace(group, sketched=group.window is None) for group in groups]
+
+    def rule(self, page_size: int, n_layers: int) -> Select:
+        """See `Sparsity`."""
+        return Select(self.budget // page_size, page_size, min(1.0, self.dense / n_layers))
+
+    def check(self, page_size: int, groups: int) -> None:
+        """See `Sparsity`."""
+        if page_size < 2:
+            raise ConfigError(
+                f"sparsity {self.name!r} chooses pages by the bounds of their keys, which are no "
+                f"smaller than the keys of a page of {page_size}; use a page_size of 8 or more"
+            )
+        if self.budget < LEAST * page_size:
+            raise ConfigError(
+                f"sparsity {self.name!r}: budget={self.budget} is below {LEAST} pages of "
+                f"{page_size} positions; raise it to {LEAST * page_size} at least"
+            )
+        if self.dense < 0:
+            raise ConfigError(f"sparsity {self.name!r}: dense={self.dense} must be 0 or more")
+
+    def select(self, pages: Pages) -> "Tensor":
+        """How much each page matters to the row: [Hkv, P] fp32."""
         raise NotImplementedError

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any, cast
 
 from kvarn.core.errors import ConfigError, RequestError, nearest
-from kvarn.core.keep import Keep
+from kvarn.core.keep import Keep, Select
 from kvarn.core.model import GroupSpec
 from kvarn.core.part import find
 from kvarn.core.request import Request
@@ -83,6 +83,11 @@ class Rules:
         found = [part.keep(group, self.n_layers) for group in self.groups]
         return tuple(keep for keep in found if keep is not None)
 
+    def selects(self, request: Request) -> Select | None:
+        """What its rows see of its KV; None: all that stays."""
+        part = self.part(request)
+        return None if part is None else part.rule(self.page_size, self.n_layers)
+
     def check(self, request: Request) -> None:
         """Refuse a request that asks for what this engine cannot do."""
         if request.sparsity is None:
@@ -98,18 +103,36 @@ class Rules:
             return
         part.check(self.page_size, len(self.groups))
         if any(part.keep(group, self.n_layers) is not None for group in self.groups):
-            if any(group.window is not None for group in self.groups):
-                raise ConfigError(
-                    f"sparsity {part.name!r} cannot serve a model with sliding-window layers, "
-                    f"which drop positions by a rule of their own; sparsity=none does"
-                )
-            if self.deterministic:
-                raise ConfigError(
-                    f"sparsity {part.name!r} cannot run with deterministic: a step in which a "
-                    f"prompt is watched computes its layers in another way; leave one of them out"
-                )
-            if self.drafts:
-                raise ConfigError(
-                    f"sparsity {part.name!r} cannot run with speculation: a rejected draft has "
-                    f"already taken the places of older positions; use speculate=none"
-                )
+            self._can_evict(part)
+        if part.rule(self.page_size, self.n_layers) is not None:
+            self._can_select(part)
+        if self.deterministic:
+            raise ConfigError(
+                f"sparsity {part.name!r} cannot run with deterministic: a step in which a prompt "
+                f"is watched, or a row chooses what it sees, computes its layers in another way; "
+                f"leave one of them out"
+            )
+
+    def _can_evict(self, part: Sparsity) -> None:
+        if any(group.window is not None for group in self.groups):
+            raise ConfigError(
+                f"sparsity {part.name!r} cannot serve a model with sliding-window layers, "
+                f"which drop positions by a rule of their own; sparsity=none does"
+            )
+        if self.drafts:
+            raise ConfigError(
+                f"sparsity {part.name!r} cannot run with speculation: a rejected draft has "
+                f"already taken the places of older positions; use speculate=none"
+            )
+
+    def _can_select(self, part: Sparsity) -> None:
+        if all(group.window is not None for group in self.groups):
+            raise ConfigError(
+                f"sparsity {part.name!r} has nothing to choose from in a model whose layers all "
+                f"have sliding windows; use sparsity=none"
+            )
+        if not any(group.sketched for group in self.groups):
+            raise ConfigError(
+                f"sparsity {part.name!r} needs bounds beside the pages, which this engine has no "
+                f"memory for: start it with sparsity={part.name}; requests may then say none"
+            )

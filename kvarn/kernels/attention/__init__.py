@@ -38,6 +38,8 @@ class PagedRows:
     #: on a GPU: the flat page tables of all sequences (int32, on the device), which `page_indptr`
     #: ([S] there: the entry of each span's first page) points into instead of `pages`
     table: Tensor | None = None
+    #: entries of `table` between the page lists of two KV heads; 0: they have one list
+    head_pages: int = 0
     #: [n, 3] disjoint runs of adjacent spans whose first positions are the same pages: first span,
     #: number of spans (2 or more), positions shared from `base` on (a multiple of `page_size`,
     #: none from the start of a span on). Read once for all of them.

@@ -10,9 +10,11 @@ from kvarn.core.errors import ConfigError
 from kvarn.core.part import Cap, Part
 from kvarn.kernels.attention import Ints, PagedRows
 from kvarn.kernels.attention.layout import Heads
+from kvarn.kernels.attention.selected import SelectedRows
 from kvarn.kernels.attention.storage import keys_of_slots, move_slots, read_slots, write_slots
 from kvarn.kernels.attention.triton_graph import GraphTritonPlan, Key, key_of
 from kvarn.kernels.attention.triton_plan import TritonPlan
+from kvarn.kernels.attention.triton_selected import TritonSelectedPlan
 from kvarn.kernels.upload import upload
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
@@ -74,6 +76,10 @@ class TritonAttention(Part):
     def plan(self, rows: PagedRows, lse: bool = False) -> TritonPlan:
         """See `AttentionBackend`."""
         return TritonPlan(rows, lse, self.multiprocessors)
+
+    def selected(self, rows: SelectedRows, entries: Ints) -> TritonSelectedPlan:
+        """See `SelectBackend`."""
+        return TritonSelectedPlan(rows, entries, self.multiprocessors)
 
     def graph_plan(
         self, n_rows: int, n_heads: int, n_kv_heads: int, head_dim: int, rows: PagedRows

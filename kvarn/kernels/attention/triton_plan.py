@@ -52,7 +52,7 @@ class TritonPlan:
         """See `AttentionPlan`."""
         from kvarn.kernels.triton.kv_write import kv_write
 
-        there = self._ready(q.shape[1], k.shape[1], q.shape[2], q)
+        there = self.ready(q.shape[1], k.shape[1], q.shape[2], q)
         if len(q):
             q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
             heads, dim = k.shape[1:]
@@ -66,14 +66,14 @@ class TritonPlan:
         """See `FusedPlan`."""
         from kvarn.kernels.triton.rope_write import rope_write
 
-        there = self._ready(rotary.n_heads, rotary.n_kv_heads, rotary.head_dim, qkv)
+        there = self.ready(rotary.n_heads, rotary.n_kv_heads, rotary.head_dim, qkv)
         q = rope_write(
             qkv, rotary.positions, there.slots, rotary.cos, rotary.sin, cache, rotary.n_heads,
             rotary.n_kv_heads, rotary.q_norm, rotary.k_norm, rotary.eps,
         )  # fmt: skip
         return attend_all(self.rows, there, cache, q, self.lse)
 
-    def _ready(self, heads: int, kv_heads: int, dim: int, like: Tensor) -> OnDevice:
+    def ready(self, heads: int, kv_heads: int, dim: int, like: Tensor) -> OnDevice:
         """The step on the device and for the kind of number of `like`."""
         if self.there is None:
             shape = Heads(heads, kv_heads, dim, like.element_size(), self.multiprocessors)
@@ -147,7 +147,7 @@ def _attend(
     attend[(len(items) * kv_heads,)](
         q, cache, items, pages, o, lse, part_o, part_lse,
         q.stride(0), q.stride(1), scale, cap,
-        kv_heads, group, dim, rows.page_size, rows.window or 0, rows.softcap is not None,
-        lse is not None, tiling.block_m, tiling.block_n, block_d, precision, tiling.stages,
-        num_warps=tiling.warps,
+        kv_heads, group, dim, rows.page_size, rows.head_pages, rows.window or 0,
+        rows.softcap is not None, lse is not None, tiling.block_m, tiling.block_n, block_d,
+        precision, tiling.stages, num_warps=tiling.warps,
     )  # fmt: skip

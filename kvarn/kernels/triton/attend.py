@@ -74,14 +74,15 @@ def _fold(
 def attend(
     q, cache, items, pages, o, lse, part_o, part_lse, q_row, q_head, scale, cap,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
-    WINDOW: tl.constexpr, CAPPED: tl.constexpr, LSE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    HEAD_PAGES: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, LSE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """q [T, Hq, d] (strides q_row, q_head, 1) -> o [T, Hq, d], lse [T, Hq] or partial results.
 
     `scale` takes a dot product to base 2; with CAPPED it takes it to the argument of tanh, and
-    `cap` is what tanh is multiplied with, in base 2.
+    `cap` is what tanh is multiplied with, in base 2. The page list of a KV head begins HEAD_PAGES
+    entries after that of the head before: 0 where all heads have one.
     """
     program = tl.program_id(0)
     head = program % KV_HEADS
@@ -91,7 +92,7 @@ def attend(
     if n == 0:  # an idle item of a captured launch
         return
     start = tl.load(item + 2)
-    pages += tl.load(item + 3)
+    pages += tl.load(item + 3) + head * HEAD_PAGES
     base = tl.load(item + 4)
     low = tl.load(item + 5)
     high = tl.load(item + 6)
