@@ -5,14 +5,23 @@ from typing import Any
 import pytest
 
 from kvarn.core.config import resolve
-from kvarn.core.part import known
+from kvarn.core.part import find, known
 from kvarn.core.request import Request, SamplingParams
 from kvarn.engine.engine import Engine
+from kvarn.sparse.part import Selector
 
 PARTS = sorted(name for kind, name in known() if kind == "sparsity")
 MORE = {"pyramid": ",steps=3"}  #: the tiny model has no more layers
+SELECTORS = [name for name in PARTS if issubclass(find("sparsity", name), Selector)]
 SYSTEM = [(5 * i * i + i) % 97 for i in range(40)]
 PROMPTS = [SYSTEM + [(11 * i * j + 3 * j) % 97 for j in range(10 + 17 * i)] for i in range(1, 6)]
+
+
+def rule(name: str) -> str:
+    """The part with a budget below every prompt but the shortest."""
+    if name in SELECTORS:
+        return f"{name}:budget=48,dense=1"
+    return f"{name}:budget=32,sinks=4{MORE.get(name, '')}"
 
 
 def make_engine(folder: str, **options: Any) -> Engine:
@@ -72,12 +81,15 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", PARTS)
+#: other pages are another choice to those who choose pages
+PAIRS = [(n, c) for n in PARTS for c in CASES if not (n in SELECTORS and c == "large pages")]
+
+
+@pytest.mark.parametrize(("name", "case"), PAIRS)
 def test_tokens_are_those_of_a_request_alone(
     tiny_folder: Any, alone: Any, name: str, case: str
 ) -> None:
-    spec = f"{name}:budget=32,sinks=4{MORE.get(name, '')}"
+    spec = rule(name)
     engine = make_engine(tiny_folder("llama"), sparsity=spec, **CASES[case])
     assert run(engine, PROMPTS) == alone(spec)
     assert run(engine, PROMPTS) == alone(spec), "with the prefixes of the first time"
@@ -86,7 +98,7 @@ def test_tokens_are_those_of_a_request_alone(
 @pytest.mark.parametrize("name", PARTS)
 def test_preempted_requests_keep_the_same_again(tiny_folder: Any, alone: Any, name: str) -> None:
     """Growing dense requests drive others out, one of them in the middle of its output."""
-    spec = f"{name}:budget=32,sinks=4{MORE.get(name, '')}"
+    spec = rule(name)
     engine = make_engine(
         tiny_folder("llama"), sparsity=spec, pages=54, budget=48, prefix="none", max_len=184
     )
@@ -105,7 +117,7 @@ def test_siblings(tiny_folder: Any, alone: Any, name: str) -> None:
     assert run(engine, PROMPTS, n=3) == alone(spec, 3)
 
 
-@pytest.mark.parametrize("name", [name for name in PARTS if name != "pyramid"])
+@pytest.mark.parametrize("name", [n for n in PARTS if n not in ("pyramid", *SELECTORS)])
 def test_requests_choose(tiny_folder: Any, alone: Any, name: str) -> None:
     """Each request its own, on one engine; and none where the engine has one."""
     spec = f"{name}:budget=48{MORE.get(name, '')}"
@@ -114,3 +126,24 @@ def test_requests_choose(tiny_folder: Any, alone: Any, name: str) -> None:
     assert run(engine, PROMPTS) == alone("none")
     engine = make_engine(tiny_folder("llama"), sparsity=spec)
     assert run(engine, PROMPTS, sparsity="none") == alone("none")
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_requests_choose_how_much_they_see(tiny_folder: Any, alone: Any, name: str) -> None:
+    """An engine with bounds beside its pages: each request a budget of its own, or none."""
+    engine = make_engine(tiny_folder("llama"), sparsity=f"{name}:budget=200,dense=2")
+    assert run(engine, PROMPTS, sparsity=rule(name)) == alone(rule(name))
+    assert run(engine, PROMPTS, sparsity="none") == alone("none")
+    assert run(engine, PROMPTS, sparsity="snapkv:budget=32,sinks=4") == alone(rule("snapkv"))
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.parametrize("proposer", ["ngram", "suffix"])
+def test_drafts_change_nothing(tiny_folder: Any, alone: Any, name: str, proposer: str) -> None:
+    """A page that a rejected draft has filled is bounded anew."""
+    engine = make_engine(
+        tiny_folder("llama"), sparsity=rule(name), speculate=proposer, draft_tokens=3
+    )
+    assert run(engine, PROMPTS) == alone(rule(name))
+    assert run(engine, PROMPTS) == alone(rule(name)), "with what was learnt"
+    assert engine.control.stats().drafted_tokens > 0
