@@ -1,10 +1,13 @@
-"""Compaction on the GPU: captured decode steps over what stays equal the masked dense pass."""
+"""What stays and what is chosen on the GPU: steps equal the masked dense pass."""
 
 from typing import Any
 
 import pytest
 import torch
+from golden import test_selection
 from golden.test_sparsity import ONE_SHOT, PROMPT, TEXT, generate, make_engine, masked_logits
+
+from kvarn.core.request import Request, SamplingParams
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,4 +28,35 @@ def test_compaction_is_a_mask(tiny_folder: Any, name: str, graphs: str, overlap:
     logits = masked_logits(engine, PROMPT + tokens, kept)
     assert logits[len(PROMPT) - 1 : -1].argmax(-1).tolist() == tokens
     assert engine.control.check_integrity() == []
+    engine.close()
+
+
+@pytest.mark.parametrize("graphs", ["off", "on"])
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_selection_is_a_mask(tiny_folder: Any, graphs: str, overlap: str) -> None:
+    engine = make_engine(
+        tiny_folder("llama"), sparsity="quest:budget=40,dense=1", device="cuda", graphs=graphs,
+        overlap=overlap,
+    )  # fmt: skip
+    for _ in range(2):  # the second time with the first one's pages
+        tokens, _ = generate(engine, PROMPT, 60)
+        logits = test_selection.masked_logits(engine, PROMPT + tokens, len(PROMPT), 40, 1)
+        assert logits[len(PROMPT) - 1 : -1].argmax(-1).tolist() == tokens
+    engine.close()
+
+
+@pytest.mark.parametrize("rule", ["quest:budget=48,dense=1", "random-pages:budget=48,dense=1"])
+def test_chosen_in_a_batch(tiny_folder: Any, rule: str) -> None:
+    """Beside prompts in chunks and requests that see all: as alone."""
+    engine = make_engine(tiny_folder("llama"), sparsity=rule, device="cuda", budget=48)
+    alone = [generate(engine, PROMPT[: 70 + 20 * i], 30)[0] for i in range(4)]
+    for i in range(4):
+        params = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
+        engine.add(Request(f"c{i}", PROMPT[: 70 + 20 * i], params))
+        engine.add(Request(f"d{i}", PROMPT[5 : 60 + 30 * i], params, sparsity="none"))
+    found: dict[str, list[int]] = {}
+    while engine.has_work:
+        for out in engine.step():
+            found.setdefault(out.request_id, []).extend(out.tokens)
+    assert [found[f"c{i}"] for i in range(4)] == alone
     engine.close()

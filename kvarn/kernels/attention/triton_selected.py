@@ -35,27 +35,27 @@ class TritonSelectedPlan:
         """See `SelectedPlan`; the bounds choose."""
         from kvarn.kernels.triton.kv_write import kv_write
 
-        self._bring(sketch)
+        self.bring(sketch)
         q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
         heads, dim = k.shape[1:]
         kv_write[(len(k),)](
             k, v, self.slots, cache, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             heads, dim, self.rows.step.page_size, power_of_two(heads * dim),
         )  # fmt: skip
-        return self._attend(cache, sketch, q)
+        return self._written(cache, sketch, q)
 
     def fused(self, cache: Tensor, sketch: Tensor, qkv: Tensor, rotary: Rotary) -> Tensor:
         """See `FusedSelectedPlan`."""
         from kvarn.kernels.triton.rope_write import rope_write
 
-        self._bring(sketch)
+        self.bring(sketch)
         q = rope_write(
             qkv, rotary.positions, self.slots, rotary.cos, rotary.sin, cache, rotary.n_heads,
             rotary.n_kv_heads, rotary.q_norm, rotary.k_norm, rotary.eps,
         )  # fmt: skip
-        return self._attend(cache, sketch, q)
+        return self._written(cache, sketch, q)
 
-    def _bring(self, sketch: Tensor) -> None:
+    def bring(self, sketch: Tensor) -> None:
         """The step on the device; once."""
         if self.chosen is not None:
             return
@@ -78,51 +78,57 @@ class TritonSelectedPlan:
         )  # fmt: skip
         self.chosen = TritonPlan(alone, False, self.multiprocessors)
 
-    def _attend(self, cache: Tensor, sketch: Tensor, q: Tensor) -> Tensor:
-        """Everything is written: bounds, choice, attention."""
+    def _written(self, cache: Tensor, sketch: Tensor, q: Tensor) -> Tensor:
+        """K and V of q [T, Hq, d] are in the cache: bounds of new pages, then attention."""
         from kvarn.kernels.triton.select import sketch_pages
 
         kv_heads, dim = sketch.shape[1], sketch.shape[3]
-        size = self.rows.step.page_size
         if len(self.whole):
             sketch_pages[(len(self.whole), kv_heads)](
-                cache, sketch, self.whole, kv_heads, dim, size, power_of_two(dim)
-            )
+                cache, sketch, self.whole, kv_heads, dim, self.rows.step.page_size,
+                power_of_two(dim),
+            )  # fmt: skip
         if self.others is None:
-            return self._chosen(cache, sketch, q)
+            return self.attend(cache, sketch, q)
+        there = self.others.ready(q.shape[1], kv_heads, dim, q)
         if not len(self.at):
-            return self._plain(cache, q)
+            return attend_all(self.others.rows, there, cache, q, False)[0]
         o = torch.empty_like(q)
-        o[self.rest] = self._plain(cache, q[self.rest])
-        o[self.at] = self._chosen(cache, sketch, q)
+        o[self.rest] = attend_all(self.others.rows, there, cache, q[self.rest], False)[0]
+        o[self.at] = self.attend(cache, sketch, q)
         return o
 
-    def _plain(self, cache: Tensor, q: Tensor) -> Tensor:
-        """Rows that see all."""
-        plan = self.others
-        assert plan is not None
-        there = plan.ready(q.shape[1], cache.shape[1], q.shape[2], q)
-        return attend_all(plan.rows, there, cache, q, False)[0]
-
-    def _chosen(self, cache: Tensor, sketch: Tensor, q: Tensor) -> Tensor:
-        """Rows that choose, of q [T, Hq, d]: o [R, Hq, d]."""
-        from kvarn.kernels.triton.select import bound_pages, pick_pages
-
+    def attend(self, cache: Tensor, sketch: Tensor, q: Tensor) -> Tensor:
+        """The rows that choose, of q [T, Hq, d]: o [R, Hq, d]."""
+        self.score(sketch, q)
+        self.pick()
         plan = self.chosen
-        assert plan is not None and plan.rows.table is not None
+        assert plan is not None
+        mine = q if self.others is None else q[self.at]
+        there = plan.ready(q.shape[1], sketch.shape[1], q.shape[2], q)
+        return attend_all(plan.rows, there, cache, mine, False)[0]
+
+    def score(self, sketch: Tensor, q: Tensor) -> None:
+        """The bounds of every page: `scores` [R, Hkv, pages]."""
+        from kvarn.kernels.triton.select import bound_pages
+
         count, (_, kv_heads, _, dim) = len(self.at), sketch.shape
-        table = self.rows.step.table
         group = q.shape[1] // kv_heads
         bound_pages[(count * kv_heads, -(-(self.wide - 1) // BLOCK_P))](
-            q, sketch, self.at, table, self.entry, self.counts, self.scores, q.stride(0),
-            q.stride(1), self.wide, kv_heads, group, dim, BLOCK_P, max(16, power_of_two(group)),
-            max(16, power_of_two(dim)), "ieee" if q.dtype == torch.float32 else "tf32",
+            q, sketch, self.at, self.rows.step.table, self.entry, self.counts, self.scores,
+            q.stride(0), q.stride(1), self.wide, kv_heads, group, dim, BLOCK_P,
+            max(16, power_of_two(group)), max(16, power_of_two(dim)),
+            "ieee" if q.dtype == torch.float32 else "tf32",
         )  # fmt: skip
-        block = max(256, power_of_two(self.wide))
-        pick_pages[(count * kv_heads,)](
-            self.scores, table, self.entry, self.counts, self.keeps, plan.rows.table, self.wide,
-            self.most, kv_heads, block, num_warps=8 if block > 1024 else 4,
+
+    def pick(self) -> None:
+        """The lists of pages, by the scores."""
+        from kvarn.kernels.triton.select import pick_pages
+
+        assert self.chosen is not None
+        kv_heads, block = self.scores.shape[1], max(256, power_of_two(self.wide))
+        pick_pages[(len(self.at) * kv_heads,)](
+            self.scores, self.rows.step.table, self.entry, self.counts, self.keeps,
+            self.chosen.rows.table, self.wide, self.most, kv_heads, block,
+            num_warps=8 if block > 1024 else 4,
         )  # fmt: skip
-        mine = q if self.others is None else q[self.at]
-        there = plan.ready(q.shape[1], kv_heads, dim, q)
-        return attend_all(plan.rows, there, cache, mine, False)[0]

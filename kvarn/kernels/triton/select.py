@@ -61,9 +61,10 @@ def bound_pages(
     inside = there[:, None] & fits
     low = tl.load(spot, mask=inside, other=0.0).to(queries.dtype)
     high = tl.load(spot + DIM, mask=inside, other=0.0).to(queries.dtype)
-    zero = tl.zeros_like(queries)
-    bound = tl.dot(high, tl.trans(tl.maximum(queries, zero)), input_precision=PRECISION)
-    bound = tl.dot(low, tl.trans(tl.minimum(queries, zero)), bound, input_precision=PRECISION)
+    up = tl.where(queries > 0, queries, 0.0).to(queries.dtype)
+    down = tl.where(queries < 0, queries, 0.0).to(queries.dtype)
+    bound = tl.dot(high, tl.trans(up), input_precision=PRECISION)
+    bound = tl.dot(low, tl.trans(down), bound, input_precision=PRECISION)
     best = tl.max(tl.where((mine < GROUP)[None, :], bound, float("-inf")), 1)
     tl.store(scores + nth.to(tl.int64) * wide + at, best, mask=there)
 

@@ -1,0 +1,89 @@
+"""Decoding after long prompts: every row sees all, or the pages that it chooses.
+
+    python benchmarks/select_decode.py [--model llama-3.1-8b] [--prompt 32768] [--budget 4096]
+                                       [--batches 1,8,16] [--kv-dtype auto] [--json FILE]
+
+Random weights: speed only. One engine; the same prompts serve every setting through the prefix
+cache, and settings take turns. The step is timed while all sequences of the batch decode: dense
+steps are replayed from captured graphs, as they always are.
+"""
+
+import argparse
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+from kvarn.bench import record
+from kvarn.core.request import Request, SamplingParams
+from kvarn.engine.llm import LLM
+
+REPEATS, WARM, TIMED = 3, 8, 64  #: turns; decode steps before and under the clock
+ROOM = 2 * (WARM + TIMED)  #: tokens that the first to start may generate before the last one does
+
+
+def prompt_of(number: int, length: int) -> list[int]:
+    """Tokens that no other number has."""
+    return [(number * 7919 + i * 31 + i * i % 977) % 30000 + 1 for i in range(length)]
+
+
+def step_s(llm: LLM, rule: str, batch: int, length: int) -> float:
+    """Mean time of a decode step of `batch` sequences [s]."""
+    engine = llm.engine
+    params = SamplingParams(temperature=0, max_tokens=4 * ROOM, ignore_eos=True)
+    for i in range(batch):
+        engine.add(Request(f"r{i}", prompt_of(i, length), params, sparsity=rule))
+    started = set[str]()
+    while len(started) < batch:
+        started |= {out.request_id for out in engine.step()}
+    for _ in range(WARM):
+        engine.step()
+    began = perf_counter()
+    for _ in range(TIMED):
+        tokens = sum(len(out.tokens) for out in engine.step())
+        assert tokens == batch, f"{tokens} of {batch} sequences decoded"
+    took = (perf_counter() - began) / TIMED
+    for i in range(batch):
+        engine.abort(f"r{i}")
+    while engine.has_work:
+        engine.step()
+    return took
+
+
+def main() -> None:
+    """Every batch, settings in turns."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="llama-3.1-8b")
+    parser.add_argument("--prompt", type=int, default=32768)
+    parser.add_argument("--budget", type=int, default=4096)
+    parser.add_argument("--batches", default="1,8,16")
+    parser.add_argument("--kv-dtype", default="auto")
+    parser.add_argument("--json", default=None)
+    given = parser.parse_args()
+    batches = [int(part) for part in given.batches.split(",")]
+    rule = f"quest:budget={given.budget}"
+    llm = LLM(
+        model=given.model, load="random", max_seqs=max(batches), sparsity=rule,
+        max_len=given.prompt + 8 * ROOM, kv_dtype=given.kv_dtype,
+    )  # fmt: skip
+    results = []
+    for batch in batches:
+        runs: dict[str, list[float]] = {"none": [], rule: []}
+        step_s(llm, "none", batch, given.prompt)  # prompts into the cache, graphs and kernels made
+        step_s(llm, rule, batch, given.prompt)
+        for _ in range(REPEATS):
+            for name, found in runs.items():
+                found.append(step_s(llm, name, batch, given.prompt))
+        dense, chosen = (median(found) for found in runs.values())
+        row: dict[str, Any] = {
+            "batch": batch, "dense_step_s": dense, "step_s": chosen, "ratio": chosen / dense,
+            "runs": runs,
+        }  # fmt: skip
+        results.append(row)
+        print({key: value for key, value in row.items() if key != "runs"}, flush=True)
+    said = {"prompt": given.prompt, "budget": given.budget, "kv_dtype": given.kv_dtype}
+    header = record.header("select_decode", said, {"model": given.model, "load": "random"})
+    record.write(header | {"results": results}, given.json)
+
+
+if __name__ == "__main__":
+    main()
