@@ -83,7 +83,7 @@ def case(backend: TritonAttention, batch: int, length: int, budget: int) -> dict
     q = torch.randn(batch, HEADS, DIM, dtype=torch.bfloat16, device=device)
     dense = TritonPlan(rows, False, backend.multiprocessors)
     there = dense.ready(HEADS, KV_HEADS, DIM, q)
-    plan = TritonSelectedPlan(chosen, rows.page_indptr, backend.multiprocessors)
+    plan = TritonSelectedPlan(chosen, backend.multiprocessors)
     plan.bring(sketches[0])
     found = {
         "dense_us": timed(lambda i: attend_all(rows, there, caches[i], q, False)),

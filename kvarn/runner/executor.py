@@ -196,7 +196,8 @@ class Runner:
         """Forward and sample, through a captured graph where the step is one that repeats."""
         wanted = self.tap is None and batch.decodes and not self.extras.wanted(batch)
         selecting = self.selecting.step(batch)
-        wanted = wanted and not watched and selecting is None
+        choice = None if selecting is None else selecting.choice()
+        wanted = wanted and not watched and (selecting is None or choice is not None)
         if self.graphs is not None and wanted and self.graphs.take(len(batch.rows)):
             assert self.state is not None
             rows, lengths = batch.rows, batch.ends
@@ -204,7 +205,7 @@ class Runner:
             arrays = self.sampler.parameters(rows, lengths)
             entries = self.state.entries(self.image)
             filtered = self.sampler.filtered(rows)
-            found = self.graphs.run(batch, entries, arrays if plain else None, filtered)
+            found = self.graphs.run(batch, entries, arrays if plain else None, filtered, choice)
             if plain:
                 step.fetch(found)
             else:
@@ -231,7 +232,8 @@ class Runner:
             plans = [self._tree_plan(rows, forest) for rows in batch.groups]
         by_layer = [plans[self._group_of[layer]] for layer in range(self.spec.n_layers)]
         if selecting is not None:
-            by_layer = [new or plain for new, plain in zip(selecting.plans, by_layer, strict=True)]
+            some = selecting.plans()
+            by_layer = [new or plain for new, plain in zip(some, by_layer, strict=True)]
         if watched:
             by_layer = [self._watching(i, plan, watched) for i, plan in enumerate(by_layer)]
         eager = forest is not None or bool(watched)

@@ -10,7 +10,7 @@ since only one runs at a time.
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -20,11 +20,13 @@ from torch import Tensor
 from kvarn.core.model import GroupSpec
 from kvarn.kernels.attention import GraphBackend, GraphPlan, PagedRows
 from kvarn.kernels.attention.paged import PagedAttend
+from kvarn.kernels.attention.selected import LayerPlan, SelectBackend, never
 from kvarn.kernels.upload import ALIGN
 from kvarn.models.decoder import Decoder
 from kvarn.runner.batch import Batch
 from kvarn.runner.pool import KVPool
 from kvarn.runner.sampler import sample_on_gpu
+from kvarn.runner.selecting import Choice
 from kvarn.runner.state import DeviceState
 
 Ints = NDArray[np.int64]
@@ -95,6 +97,7 @@ class Graph:
     replay: Replay
     plans: list[GraphPlan]
     inputs: Inputs
+    choice: Choice | None = None  #: the plans behind those of the groups are its own
 
 
 @dataclass(slots=True)
@@ -120,22 +123,25 @@ class Graphs:
         entries: Sequence[tuple[Ints, Ints]],
         sampling: Mapping[str, NDArray[np.int32]] | None,
         filtered: bool,
+        choice: Choice | None = None,
     ) -> Tensor:
         """The next tokens [R] int32 of a batch of single rows, or its logits [R, V].
 
         `entries` are new entries of the page tables; `sampling` the arrays of
-        `Sampler.parameters`, None for logits; `filtered`: whether they have filters.
+        `Sampler.parameters`, None for logits; `filtered`: whether they have filters;
+        `choice`: the same rows where they choose what they see.
         """
         size = self.sizes[bisect_left(self.sizes, len(batch.rows))]
         if any(len(at) > EDITS * size for at, _ in entries):  # sequences have started
             self.state.write(entries)
             entries = [(at[:0], pages[:0]) for at, pages in entries]
         kind = "logits" if sampling is None else "filtered" if filtered else "tokens"
-        key = (size, kind, *(self._attention_key(rows) for rows in batch.groups))
+        keys = [self._attention_key(rows) for rows in batch.groups]
+        key = (size, kind, *keys, *self._choice_key(choice))
         graph = self.found.get(key)
         if graph is None:
-            graph = self.found[key] = self._capture(size, kind, batch)
-        self._fill(graph, size, batch, entries, sampling or {})
+            graph = self.found[key] = self._capture(size, kind, batch, choice)
+        self._fill(graph, size, batch, choice, entries, sampling or {})
         graph.inputs.send()
         return graph.replay()[: len(batch.rows)]
 
@@ -143,22 +149,38 @@ class Graphs:
         spec = self.decoder.spec
         return self.backend.graph_key(rows, spec.n_heads, spec.n_kv_heads, spec.head_dim)
 
-    def _capture(self, size: int, kind: str, batch: Batch) -> Graph:
+    def _choice_key(self, choice: Choice | None) -> tuple[Any, ...]:
+        if choice is None:
+            return ()
+        spec, backend = self.decoder.spec, self._selects
+        shape = (spec.n_heads, spec.n_kv_heads, spec.head_dim)
+        keys = [backend.selected_key(rows, *shape) for rows in choice.rows.values()]
+        return (choice.dense, choice.most, *keys)
+
+    @property
+    def _selects(self) -> SelectBackend:
+        return cast(SelectBackend, self.backend)
+
+    def _capture(self, size: int, kind: str, batch: Batch, choice: Choice | None) -> Graph:
         spec = self.decoder.spec
-        plans = [
-            self.backend.graph_plan(size, spec.n_heads, spec.n_kv_heads, spec.head_dim, rows)
-            for rows in batch.groups
-        ]
+        shape = (size, spec.n_heads, spec.n_kv_heads, spec.head_dim)
+        plans: list[GraphPlan] = [self.backend.graph_plan(*shape, rows) for rows in batch.groups]
+        tables = list(range(len(plans)))
+        if choice is not None:
+            for group, rows in choice.rows.items():
+                plans.append(self._selects.selected_graph_plan(*shape, rows, choice.most))
+                tables.append(group)
         sizes = {name: count * size for name, count in PER_ROW.items()}
-        for index, plan in enumerate(plans):
+        for index in range(len(self.groups)):
             sizes |= {f"edit_at_{index}": EDITS * size, f"edit_page_{index}": EDITS * size}
+        for index, plan in enumerate(plans):
             sizes |= {f"{name}_{index}": count for name, count in plan.sizes.items()}
         inputs = Inputs(sizes, self.decoder.device)
-        graph = Graph(lambda: self.state.last, plans, inputs)
+        graph = Graph(lambda: self.state.last, plans, inputs, choice)
         for index, plan in enumerate(plans):
             mine = {name: inputs.device[f"{name}_{index}"] for name in plan.sizes}
-            plan.bind(mine, self.state.tables[index])
-        self._fill(graph, size, _idle(batch), [], {})
+            plan.bind(mine, self.state.tables[tables[index]])
+        self._fill(graph, size, _idle(batch), choice and choice.idle(), [], {})
         inputs.send()
         graph.replay = self.capture(lambda: self._body(graph, kind))
         return graph
@@ -168,6 +190,7 @@ class Graphs:
         graph: Graph,
         size: int,
         batch: Batch,
+        choice: Choice | None,
         entries: Sequence[tuple[Ints, Ints]],
         sampling: Mapping[str, NDArray[np.int32]],
     ) -> None:
@@ -182,14 +205,15 @@ class Graphs:
         for name in PER_ROW:
             if name in sampling:
                 host[name][: PER_ROW[name] * n] = sampling[name]
-        for index, plan in enumerate(graph.plans):
+        for index in range(len(self.groups)):
             at, pages = entries[index] if entries else (batch.rows[:0], batch.rows[:0])
             host[f"edit_at_{index}"][: len(at)] = at
             host[f"edit_at_{index}"][len(at) :] = self.state.spare
             host[f"edit_page_{index}"][: len(at)] = pages
             host[f"edit_page_{index}"][len(at) :] = 0
-            mine = {name: host[f"{name}_{index}"] for name in plan.sizes}
-            plan.fill(batch.groups[index], mine)
+        parts: list[Any] = [*batch.groups, *(choice.rows.values() if choice else ())]
+        for index, (plan, part) in enumerate(zip(graph.plans, parts, strict=True)):
+            plan.fill(part, {name: host[f"{name}_{index}"] for name in plan.sizes})
 
     def _body(self, graph: Graph, kind: str) -> Tensor:
         """A whole step on the device."""
@@ -202,7 +226,9 @@ class Graphs:
             table.index_copy_(0, at, inputs[f"edit_page_{index}"])
         tokens = feed(inputs["token"], inputs["row"], state.last)
 
-        plans = [graph.plans[group_of[layer]] for layer in range(len(group_of))]
+        plans: list[Any] = [graph.plans[group_of[layer]] for layer in range(len(group_of))]
+        if graph.choice is not None:
+            _choosing(plans, graph, graph.choice, group_of)
         attend = PagedAttend(plans, self.pool.cache, takes_projection=True)
         hidden = self.decoder.forward(tokens, inputs["position"], attend)
         logits = self.decoder.logits(hidden)
@@ -211,6 +237,14 @@ class Graphs:
         chosen = sample_on_gpu(logits, inputs, kind == "filtered")
         keep(state.last, inputs["row"], chosen)
         return chosen
+
+
+def _choosing(plans: list[Any], graph: Graph, choice: Choice, group_of: Mapping[int, int]) -> None:
+    """Put the plans of a choice in the places of those of the layers that choose."""
+    chosen = dict(zip(choice.rows, graph.plans[-len(choice.rows) :]))
+    for layer in range(choice.dense, len(plans)):
+        if group_of[layer] in chosen:
+            plans[layer] = LayerPlan(chosen[group_of[layer]], choice.sketches[layer], never)
 
 
 def _idle(batch: Batch) -> Batch:

@@ -6,7 +6,7 @@ of every page after a preemption. That reads each key once, as one step of dense
 and bounds need not be copied when pages are.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -27,11 +27,20 @@ from kvarn.sparse.rules import Rules
 
 
 @dataclass(slots=True)
-class SelectingStep:
-    """The plans of one step, by layer; None where a layer sees all."""
+class Choice:
+    """A step of single rows that all choose by the bounds, in the same layers: it can be replayed.
 
-    plans: list[LayerPlan | None]
-    fused: bool  #: whether all of them take the projection as it is
+    A row that has no more pages than it may see chooses all of them.
+    """
+
+    rows: dict[int, SelectedRows]  #: by group
+    dense: int  #: first layers that see all
+    most: int  #: pages that a row chooses at most
+    sketches: dict[int, Tensor]  #: by layer
+
+    def idle(self) -> "Choice":
+        """The same step without rows."""
+        return replace(self, rows={group: rows.idle() for group, rows in self.rows.items()})
 
 
 class Selecting:
@@ -74,31 +83,18 @@ class Selecting:
         if self.parts.pop(row, None) is not None:
             self.since[row] = ENDLESS
 
-    def step(self, batch: Batch) -> SelectingStep | None:
+    def step(self, batch: Batch) -> "SelectingStep | None":
         """What this step's layers do; None where nobody chooses, almost always."""
         if not self.parts:
             return None
         mine = np.array([row in self.parts for row in batch.rows.tolist()], np.bool_)
         if not mine.any():
             return None
-        chooses = np.flatnonzero(batch.positions >= self.since[batch.row_of])
         whole = self._whole(batch, mine)
-        made = _Plans(self, batch, whole)
-        dense = self.dense[batch.rows[mine]]
-        plans: list[LayerPlan | None] = []
-        for layer in sorted(self.group_of):
-            group = self.group_of[layer]
-            if self.groups[group] is None or layer < dense.min():
-                plans.append(None)
-                continue
-            rows = chooses[self.dense[batch.row_of[chooses]] <= layer]
-            plan, owners = made.of(group, rows)
-            choose = partial(self._choose, layer, owners, batch.positions[rows])
-            plans.append(LayerPlan(plan, self.sketches[layer], choose))
         drafted = np.array([len(d.tokens) if d else 0 for d in batch.drafts] or [0], np.int64)
         ends = batch.ends - drafted
         self.sketched[batch.rows[mine]] = ends[mine] // self.image.page_size
-        return SelectingStep(plans, made.fused)
+        return SelectingStep(self, batch, whole)
 
     def _whole(self, batch: Batch, mine: Any) -> list[Ints]:
         """Pages without bounds that are whole after this step, by group."""
@@ -110,47 +106,81 @@ class Selecting:
         nth = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count - first, count)
         return [table[which, nth].astype(np.int64) for table in self.image.tables]
 
-    def _choose(
-        self, layer: int, parts: list[Selector], positions: Ints, i: int,
-        q: Tensor, low: Tensor, high: Tensor,
-    ) -> Tensor:  # fmt: skip
-        """Scores [Hkv, P] of the pages of row `i`."""
-        return parts[i].select(Pages(q, low, high, layer, int(positions[i])))
+    def rows(self, batch: Batch, group: int, rows: Ints, whole: Ints) -> SelectedRows:
+        """The flattened `rows` of a batch choose."""
+        owners, at = batch.row_of[rows], batch.positions[rows]
+        size = self.image.page_size
+        others = np.ones(len(batch.positions), np.bool_)
+        others[rows] = False
+        pages = at // size + 1
+        return SelectedRows(
+            batch.groups[group], rows, np.flatnonzero(others), pages, at % size + 1,
+            np.minimum(self.keep[owners], pages), self.image.tables[group], owners, whole,
+        )  # fmt: skip
 
 
 @dataclass(slots=True)
-class _Plans:
-    """The plans of one step by group and number of choosing rows, each made once."""
+class SelectingStep:
+    """One step of a batch in which somebody chooses."""
 
     selecting: Selecting
     batch: Batch
-    whole: list[Ints]
-    fused: bool = True
+    whole: list[Ints]  #: pages without bounds that are whole after this step, by group
+    fused: bool = True  #: whether all plans that `plans` has made take the projection as it is
+    #: by group and number of choosing rows: these only become more from one layer to the next
     made: dict[tuple[int, int], tuple[Any, list[Selector]]] = field(default_factory=dict)
 
-    def of(self, group: int, rows: Ints) -> tuple[Any, list[Selector]]:
-        """A plan in which the flattened `rows` choose, and whose parts they follow.
+    def choice(self) -> Choice | None:
+        """The step as one that can be replayed, if it is one."""
+        this, batch = self.selecting, self.batch
+        if this.state is None or not batch.decodes or batch.drafts:
+            return None
+        parts = [this.parts.get(row) for row in batch.rows.tolist()]
+        dense = int(this.dense[batch.rows[0]])
+        if any(part is None or not part.bounds or part.dense != dense for part in parts):
+            return None
+        groups = [group for group in this.groups if group is not None]
+        if any(len(self.whole[group]) > len(parts) for group in groups):
+            return None  # somebody has just begun
+        every, most = np.arange(len(parts)), int(this.keep[batch.rows].max())
+        rows = {group: this.rows(batch, group, every, self.whole[group]) for group in groups}
+        return Choice(rows, dense, most, this.sketches)
 
-        Rows only join from one layer to the next, so their number says which they are.
-        """
+    def plans(self) -> list[LayerPlan | None]:
+        """The plans of the layers; None where one sees all."""
+        this, batch = self.selecting, self.batch
+        chooses = np.flatnonzero(batch.positions >= this.since[batch.row_of])
+        owners = [row for row in batch.rows.tolist() if row in this.parts]
+        first = this.dense[owners].min()
+        plans: list[LayerPlan | None] = []
+        for layer, group in sorted(this.group_of.items()):
+            if this.groups[group] is None or layer < first:
+                plans.append(None)
+                continue
+            rows = chooses[this.dense[batch.row_of[chooses]] <= layer]
+            plan, parts = self._plan(group, rows)
+            choose = partial(_choose, layer, parts, batch.positions[rows])
+            plans.append(LayerPlan(plan, this.sketches[layer], choose))
+        return plans
+
+    def _plan(self, group: int, rows: Ints) -> tuple[Any, list[Selector]]:
+        """A plan in which the flattened `rows` choose, and whose parts they follow."""
         key = (group, len(rows))
         if key not in self.made:
-            self.made[key] = self._make(group, rows)
+            this = self.selecting
+            parts = [this.parts[row] for row in self.batch.row_of[rows].tolist()]
+            chosen = this.rows(self.batch, group, rows, self.whole[group])
+            if this.state is not None and all(part.bounds for part in parts):
+                backend: Any = this.backend
+                self.made[key] = backend.selected(chosen), parts
+            else:
+                self.fused = False
+                self.made[key] = GatheringPlan(this.backend, chosen, this.device), parts
         return self.made[key]
 
-    def _make(self, group: int, rows: Ints) -> tuple[Any, list[Selector]]:
-        this, batch = self.selecting, self.batch
-        owners = batch.row_of[rows]
-        parts = [this.parts[row] for row in owners.tolist()]
-        size, at = this.image.page_size, batch.positions[rows]
-        others = np.ones(len(batch.positions), np.bool_)
-        others[rows] = False
-        chosen = SelectedRows(
-            batch.groups[group], rows, np.flatnonzero(others), at // size + 1, at % size + 1,
-            this.keep[owners], this.image.tables[group], owners, self.whole[group],
-        )  # fmt: skip
-        backend: Any = this.backend
-        if this.state is not None and all(part.bounds for part in parts):
-            return backend.selected(chosen, owners * this.state.width), parts
-        self.fused = False
-        return GatheringPlan(this.backend, chosen, this.device), parts
+
+def _choose(
+    layer: int, parts: list[Selector], positions: Ints, i: int, q: Tensor, low: Tensor, high: Tensor
+) -> Tensor:
+    """Scores [Hkv, P] of the pages of row `i`."""
+    return parts[i].select(Pages(q, low, high, layer, int(positions[i])))

@@ -14,6 +14,7 @@ from unit.test_selected import PAGE, expected, fill, select
 
 pytest.importorskip("triton")
 
+from kvarn.kernels.attention.selected import never
 from kvarn.kernels.attention.triton import TritonAttention
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -48,12 +49,7 @@ def test_selection(step: str, kind: torch.dtype, heads: int, kv_heads: int, dim:
     rows.step.table = torch.from_numpy(rows.table.ravel().astype(np.int32)).to(DEVICE)
     rows.step.page_indptr = np.arange(len(spans)) * width
     sketch = torch.zeros(case.n_pages, kv_heads, 2, dim, dtype=kind, device=DEVICE)
-    plan = backend.selected(rows, rows.table_rows * width)
-
-    def unused(*_: Any) -> torch.Tensor:
-        raise AssertionError("the bounds choose")
-
-    found = plan.run(cache, sketch, q, k, v, unused)
+    found = backend.selected(rows).run(cache, sketch, q, k, v, never)
     wanted = expected(case, rows)
     torch.testing.assert_close(found.cpu(), wanted, atol=TOLERANCE[kind], rtol=TOLERANCE[kind])
 

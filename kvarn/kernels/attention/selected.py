@@ -22,12 +22,17 @@ from kvarn.kernels.upload import upload
 Choose = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
+def never(i: int, q: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """For plans that choose by the bounds themselves."""
+    raise NotImplementedError
+
+
 @dataclass(slots=True)
 class SelectedRows:
     """The R rows of a step that see some of their pages, in one group, on the host.
 
     Row i has `pages[i]` pages, the last of them with `rest[i]` positions up to its own, and sees
-    `keep[i]` of these, fewer: the first, the last, and `keep - 2` others of each KV head.
+    `keep[i]` of these: the first, the last, and `keep - 2` others of each KV head.
     """
 
     step: PagedRows  #: all T rows
@@ -40,13 +45,46 @@ class SelectedRows:
     table_rows: Ints  #: [R] the row of the table that each is of
     whole: Ints  #: [m] pages that this step has made whole, or that have no bounds yet
 
+    @property
+    def spans(self) -> Ints:
+        """[R] the span of each row."""
+        found: Ints = np.searchsorted(self.step.indptr, self.rows, side="right") - 1
+        return found
+
+    @property
+    def entries(self) -> Ints:
+        """[R] where the pages of each row begin, in the tables on the device."""
+        return self.step.page_indptr[self.spans]
+
+    def idle(self) -> "SelectedRows":
+        """No rows, and nothing to bound."""
+        none = self.rows[:0]
+        step = replace(
+            self.step, indptr=np.zeros(1, np.int64), start=none, page_indptr=none, base=none,
+            slots=none, shared=None,
+        )  # fmt: skip
+        return SelectedRows(step, none, none, none, none, none, self.table, none, none)
+
     def plain(self) -> PagedRows:
         """The step without the R rows, which are the last of their spans."""
         step = self.step
-        spans = np.searchsorted(step.indptr, self.rows, side="right") - 1
-        counts = np.diff(step.indptr) - np.bincount(spans, minlength=len(step.start))
+        counts = np.diff(step.indptr) - np.bincount(self.spans, minlength=len(step.start))
         indptr = np.concatenate([[0], np.cumsum(counts)])
         return replace(step, indptr=indptr, slots=step.slots[self.others], shared=None)
+
+    def listed(self, kv_heads: int, most: int, lists: Tensor | None) -> PagedRows:
+        """What is chosen, as decode rows of sequences whose page lists differ by KV head.
+
+        `lists` [R, Hkv, most]: the pages of each, in their order; all whole but the last.
+        """
+        step, count, none = self.step, len(self.rows), self.rows[:0]
+        return PagedRows(
+            indptr=np.arange(count + 1), start=(self.keep - 1) * step.page_size + self.rest - 1,
+            page_indptr=np.arange(count) * kv_heads * most, pages=none,
+            base=np.zeros(count, np.int64), slots=np.zeros(count, np.int64),
+            page_size=step.page_size, scale=step.scale, softcap=step.softcap,
+            table=None if lists is None else lists.view(-1), head_pages=most,
+        )  # fmt: skip
 
 
 class SelectedPlan(Protocol):
@@ -70,9 +108,21 @@ class FusedSelectedPlan(SelectedPlan, Protocol):
 class SelectBackend(AttentionBackend, Protocol):
     """A backend with kernels for rows that choose by the bounds."""
 
-    def selected(self, rows: SelectedRows, entries: Ints) -> FusedSelectedPlan:
-        """Lay out one step. `entries` [R]: where the pages of each row begin in the flat tables on
-        the device."""
+    def selected(self, rows: SelectedRows) -> FusedSelectedPlan:
+        """Lay out one step."""
+        ...
+
+    def selected_graph_plan(
+        self, n_rows: int, n_heads: int, kv_heads: int, head_dim: int, rows: SelectedRows, most: int
+    ) -> Any:
+        """A `GraphPlan` and `FusedSelectedPlan` of at most `n_rows` single rows, all of which
+        choose at most `most` pages, for steps with the `selected_key` of `rows`."""
+        ...
+
+    def selected_key(
+        self, rows: SelectedRows, n_heads: int, kv_heads: int, head_dim: int
+    ) -> tuple[Any, ...]:
+        """What the launches depend on beside the number of rows, and of pages."""
         ...
 
 

@@ -14,7 +14,11 @@ from kvarn.kernels.attention.selected import SelectedRows
 from kvarn.kernels.attention.storage import keys_of_slots, move_slots, read_slots, write_slots
 from kvarn.kernels.attention.triton_graph import GraphTritonPlan, Key, key_of
 from kvarn.kernels.attention.triton_plan import TritonPlan
-from kvarn.kernels.attention.triton_selected import TritonSelectedPlan
+from kvarn.kernels.attention.triton_selected import (
+    GraphSelectedPlan,
+    TritonSelectedPlan,
+    room,
+)
 from kvarn.kernels.upload import upload
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
@@ -77,9 +81,22 @@ class TritonAttention(Part):
         """See `AttentionBackend`."""
         return TritonPlan(rows, lse, self.multiprocessors)
 
-    def selected(self, rows: SelectedRows, entries: Ints) -> TritonSelectedPlan:
+    def selected(self, rows: SelectedRows) -> TritonSelectedPlan:
         """See `SelectBackend`."""
-        return TritonSelectedPlan(rows, entries, self.multiprocessors)
+        return TritonSelectedPlan(rows, self.multiprocessors)
+
+    def selected_graph_plan(
+        self, n_rows: int, n_heads: int, kv_heads: int, head_dim: int, rows: SelectedRows, most: int
+    ) -> GraphSelectedPlan:
+        """See `SelectBackend`."""
+        return GraphSelectedPlan(rows, n_rows, self._heads(n_heads, kv_heads, head_dim), most)
+
+    def selected_key(
+        self, rows: SelectedRows, n_heads: int, kv_heads: int, head_dim: int
+    ) -> tuple[int, Key]:
+        """See `SelectBackend`."""
+        heads = self._heads(n_heads, kv_heads, head_dim)
+        return room(rows), key_of(rows.listed(kv_heads, 0, None), heads)
 
     def graph_plan(
         self, n_rows: int, n_heads: int, n_kv_heads: int, head_dim: int, rows: PagedRows

@@ -5,13 +5,18 @@ the last. So attention runs over them as it is, with a list of pages for each KV
 lists are is known before anything runs; the host lays the step out once, for all layers.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from kvarn.kernels.attention import Ints, PagedRows, Rotary
+from kvarn.kernels.attention import Rotary
+from kvarn.kernels.attention.layout import Heads
 from kvarn.kernels.attention.selected import Choose, SelectedRows
 from kvarn.kernels.attention.tilings import power_of_two
+from kvarn.kernels.attention.triton_graph import GraphTritonPlan
 from kvarn.kernels.attention.triton_plan import TritonPlan, attend_all
 from kvarn.kernels.upload import upload
 
@@ -21,13 +26,13 @@ BLOCK_P = 64  #: pages of a program that scores them
 class TritonSelectedPlan:
     """One step on one group; laid out on the device by its first layer."""
 
-    def __init__(self, rows: SelectedRows, entries: Ints, multiprocessors: int) -> None:
-        self.rows, self.entries = rows, entries
+    def __init__(self, rows: SelectedRows, multiprocessors: int) -> None:
+        self.rows = rows
         self.multiprocessors = multiprocessors
         self.others = TritonPlan(rows.plain(), False, multiprocessors) if len(rows.others) else None
         self.most = int(rows.keep.max(initial=0))
         self.wide = int(rows.pages.max(initial=1))
-        self.chosen: TritonPlan | None = None  #: over `lists`
+        self.chosen: TritonPlan | None = None  #: over the lists
 
     def run(
         self, cache: Tensor, sketch: Tensor, q: Tensor, k: Tensor, v: Tensor, choose: Choose
@@ -61,21 +66,15 @@ class TritonSelectedPlan:
             return
         rows, kv_heads, device = self.rows, sketch.shape[1], sketch.device
         lists = [
-            rows.step.slots, rows.rows, rows.others, self.entries, rows.pages, rows.keep, rows.whole
+            rows.step.slots, rows.rows, rows.others, rows.entries, rows.pages, rows.keep, rows.whole
         ]  # fmt: skip
         found = upload(lists, torch.int32, device)
         self.slots, self.at, self.rest, self.entry, self.counts, self.keeps, self.whole = found
         count = len(rows.rows)
         self.scores = torch.empty((count, kv_heads, self.wide), device=device)
-        lists_of = torch.empty((count, kv_heads, self.most), dtype=torch.int32, device=device)
-        alone = PagedRows(
-            indptr=np.arange(count + 1),
-            start=(rows.keep - 1) * rows.step.page_size + rows.rest - 1,
-            page_indptr=np.arange(count) * kv_heads * self.most, pages=rows.rows[:0],
-            base=np.zeros(count, np.int64), slots=rows.rows[:0], page_size=rows.step.page_size,
-            scale=rows.step.scale, softcap=rows.step.softcap, table=lists_of.view(-1),
-            head_pages=self.most,
-        )  # fmt: skip
+        pages = torch.empty((count, kv_heads, self.most), dtype=torch.int32, device=device)
+        alone = rows.listed(kv_heads, self.most, pages)
+        self.table, self.lists = rows.step.table, pages
         self.chosen = TritonPlan(alone, False, self.multiprocessors)
 
     def _written(self, cache: Tensor, sketch: Tensor, q: Tensor) -> Tensor:
@@ -115,7 +114,7 @@ class TritonSelectedPlan:
         count, (_, kv_heads, _, dim) = len(self.at), sketch.shape
         group = q.shape[1] // kv_heads
         bound_pages[(count * kv_heads, -(-(self.wide - 1) // BLOCK_P))](
-            q, sketch, self.at, self.rows.step.table, self.entry, self.counts, self.scores,
+            q, sketch, self.at, self.table, self.entry, self.counts, self.scores,
             q.stride(0), q.stride(1), self.wide, kv_heads, group, dim, BLOCK_P,
             max(16, power_of_two(group)), max(16, power_of_two(dim)),
             "ieee" if q.dtype == torch.float32 else "tf32",
@@ -125,10 +124,59 @@ class TritonSelectedPlan:
         """The lists of pages, by the scores."""
         from kvarn.kernels.triton.select import pick_pages
 
-        assert self.chosen is not None
         kv_heads, block = self.scores.shape[1], max(256, power_of_two(self.wide))
         pick_pages[(len(self.at) * kv_heads,)](
-            self.scores, self.rows.step.table, self.entry, self.counts, self.keeps,
-            self.chosen.rows.table, self.wide, self.most, kv_heads, block,
+            self.scores, self.table, self.entry, self.counts, self.keeps, self.lists, self.wide,
+            self.most, kv_heads, block,
             num_warps=8 if block > 1024 else 4,
         )  # fmt: skip
+
+
+LISTED = "listed_"  #: before the names of the arrays of the attention over the lists
+
+
+class GraphSelectedPlan(TritonSelectedPlan):
+    """Steps of at most `n_rows` single rows that all choose; see `GraphPlan`.
+
+    A row that has no more pages than it may see chooses all of them. At most one page a row becomes
+    whole in a step.
+    """
+
+    def __init__(self, rows: SelectedRows, n_rows: int, heads: Heads, most: int) -> None:
+        super().__init__(replace(rows, others=rows.others[:0]), heads.multiprocessors)
+        self.n_rows, self.heads, self.most, self.wide = n_rows, heads, most, room(rows)
+        self.listed = GraphTritonPlan(rows.listed(heads.kv_heads, most, None), n_rows, heads)
+        each = dict.fromkeys(("slots", "entry", "counts", "keeps", "whole"), n_rows)
+        self.sizes = each | {LISTED + name: size for name, size in self.listed.sizes.items()}
+
+    def bind(self, arrays: dict[str, Tensor], table: Tensor) -> None:
+        """See `GraphPlan`."""
+        self.slots, self.entry = arrays["slots"], arrays["entry"]
+        self.counts, self.keeps, self.whole = arrays["counts"], arrays["keeps"], arrays["whole"]
+        shape, device = (self.n_rows, self.heads.kv_heads), table.device
+        self.at = torch.arange(self.n_rows, dtype=torch.int32, device=device)
+        self.scores = torch.empty((*shape, self.wide), device=device)
+        self.lists = torch.empty((*shape, self.most), dtype=torch.int32, device=device)
+        self.table, self.chosen = table, self.listed
+        mine = {name: arrays[LISTED + name] for name in self.listed.sizes}
+        self.listed.bind(mine, self.lists.view(-1))
+
+    def bring(self, sketch: Tensor) -> None:
+        """Everything is there."""
+
+    def fill(self, rows: SelectedRows, arrays: dict[str, NDArray[np.int32]]) -> None:
+        """See `GraphPlan`."""
+        idle = {"slots": -1, "whole": -1}
+        for name, values in (
+            ("slots", rows.step.slots), ("entry", rows.entries), ("counts", rows.pages),
+            ("keeps", rows.keep), ("whole", rows.whole),
+        ):  # fmt: skip
+            arrays[name][: len(values)] = values
+            arrays[name][len(values) :] = idle.get(name, 0)
+        listed = rows.listed(self.heads.kv_heads, self.most, None)
+        self.listed.fill(listed, {name: arrays[LISTED + name] for name in self.listed.sizes})
+
+
+def room(rows: SelectedRows) -> int:
+    """Pages that a captured step has room for: a power of two, so that few are captured."""
+    return max(256, power_of_two(int(rows.pages.max(initial=1))))

@@ -12,8 +12,10 @@ def sketch_pages(
     cache, sketch, pages,
     KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program a page of `pages` and KV head; cache [pages, Hkv, 2, page, d]."""
+    """One program a page of `pages` and KV head; cache [pages, Hkv, 2, page, d]; -1: no page."""
     page = tl.load(pages + tl.program_id(0)).to(tl.int64)
+    if page < 0:
+        return
     head = tl.program_id(1)
     dims = tl.arange(0, BLOCK_D)
     nth = tl.arange(0, PAGE)
@@ -35,7 +37,7 @@ def bound_pages(
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores [R, Hkv, wide] of all pages but the last of each row: the largest bound of a head's
-    queries. One program a row, KV head and block of pages.
+    queries. One program a row, KV head and block of pages. A row without pages idles.
 
     A positive number of q meets the largest of the keys, a negative one the least.
     """
@@ -82,6 +84,8 @@ def pick_pages(
     nth = tl.program_id(0)
     row = nth // KV_HEADS
     count = tl.load(counts + row) - 1
+    if count < 0:
+        return
     keep = tl.load(keeps + row) - 1
     at = tl.arange(0, BLOCK)
     there = at < count
