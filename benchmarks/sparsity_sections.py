@@ -63,3 +63,63 @@ def sparse_decode(result: dict[str, Any]) -> Lines:
             rows,
         ),
     ]
+
+
+def selection(result: dict[str, Any]) -> Lines:
+    """Rows that choose what they read."""
+    said = result["workload"]
+    rows = [
+        [
+            row["sparsity"], round(row["read"]), row["kl"], row["kl_median"], row["perplexity"],
+            row.get("needle", ""), row.get("second", ""),
+        ]
+        for row in result["results"]
+    ]  # fmt: skip
+    return [
+        f"`kvarn reproduce {result['experiment']}`: {result['config']['model']} in fp32, "
+        f"{said['given']} tokens after {said['prompt']} of a book ({said['texts']} places): "
+        "positions read a step (bounds and dense layers included), KL divergence from the full "
+        "cache, mean and median [nats], perplexity; questions as above, where they were asked. "
+        "What is kept for good stands there twice: with the budget, and with what is read.",
+        "",
+        *table(["what is read", "positions", "KL", "median", "perplexity", "needle", "second"],
+               rows),
+    ]  # fmt: skip
+
+
+def select_decode(result: dict[str, Any]) -> Lines:
+    """Decode steps of long prompts, dense and chosen from."""
+    said = result["workload"]
+    rows = [
+        [row["batch"], 1000 * row["dense_step_s"], 1000 * row["step_s"], row["ratio"]]
+        for row in result["results"]
+    ]
+    return [
+        f"{result['config']['model']}, random weights, prompts of {said['prompt']} tokens, "
+        f"`quest:budget={said['budget']}`, KV in {said['kv_dtype']}; both are replayed from "
+        "captured graphs, in turns.",
+        "",
+        *table(["sequences", "dense step [ms]", "step [ms]", "ratio"], rows),
+    ]
+
+
+def select_pages(result: dict[str, Any]) -> Lines:
+    """One layer's attention: its parts."""
+    rows = [
+        [
+            row["batch"], row["length"], row["budget"], row["dense_us"], row["bounds_us"],
+            row["pick_us"] - row["bounds_us"], row["whole_us"] - row["pick_us"], row["whole_us"],
+            row["times_faster"], row["ideal"],
+        ]
+        for row in result["results"]
+    ]  # fmt: skip
+    return [
+        "Attention of one layer of an 8B model in bf16 [us]: over all pages; the bounds of all, "
+        "the pick of the best and attention over these; and the ratio, beside that of the bytes.",
+        "",
+        *table(
+            ["sequences", "positions", "budget", "dense", "bounds", "pick", "attention", "all",
+             "times faster", "by bytes"],
+            rows,
+        ),
+    ]  # fmt: skip

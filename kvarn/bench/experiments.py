@@ -24,6 +24,7 @@ MODULES = {
     "draft-lengths": ("kvarn.bench.modelled_lengths", "modelled"),
     "hermes": ("kvarn.bench.pipeline_study", "llama-3.1-8b"),
     "online-spec": ("kvarn.bench.online_spec", "smollm2-135m"),
+    "quest": ("kvarn.bench.selection_study", "smollm2-135m"),
     "sage-kv": ("kvarn.bench.kept_study", "smollm2-135m"),
     "streamingllm": ("kvarn.bench.streaming_study", "smollm2-135m"),
 }

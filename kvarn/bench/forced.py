@@ -7,6 +7,7 @@ prompt and the continuation is generated, for eviction happens between the two.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -95,11 +96,15 @@ def _slots(seq: Any) -> int:
     return int(seq.keep[0].seen(seq.prompt_len, seq.computed - 1)) + 1
 
 
+def kl(full: Answer, other: Answer) -> list[float]:
+    """KL divergence of `other` from `full` at each of their positions [nats]."""
+    pairs = zip(full.logprobs, other.logprobs, strict=True)
+    return [float((p.exp() * (p - q)).sum()) for p, q in pairs]
+
+
 def divergence(full: Answer, other: Answer) -> float:
     """Mean KL divergence of `other` from `full` over their positions [nats]."""
-    pairs = zip(full.logprobs, other.logprobs, strict=True)
-    each = [float((p.exp() * (p - q)).sum()) for p, q in pairs]
-    return sum(each) / len(each)
+    return fmean(kl(full, other))
 
 
 def perplexity(case: Case, answer: Answer) -> float:

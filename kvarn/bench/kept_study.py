@@ -51,7 +51,7 @@ def run(model: str) -> dict[str, Any]:
     llm = LLM(model, max_len=2048, max_seqs=64, dtype="float32")
     if llm.tokenizer is None:
         raise ConfigError("sage-kv is judged on words, and this model has no tokenizer")
-    texts = _texts(llm)
+    texts = texts_of(llm)
     full = _rows(llm, "none", texts, None)
     rows = [full[0]]
     for budget in BUDGETS:
@@ -65,13 +65,13 @@ def run(model: str) -> dict[str, Any]:
     return header | {"experiment": "sage-kv", "results": rows}
 
 
-def _texts(llm: LLM) -> list[Case]:
-    """Stretches of the book that comes with kvarn."""
+def texts_of(llm: LLM, prompt: int = PROMPT) -> list[Case]:
+    """Stretches of the book that comes with kvarn; `prompt` tokens and what follows them."""
     text = (files("kvarn.bench") / "texts" / "alice.txt").read_text(encoding="utf-8")
     ids: list[int] = llm.tokenizer.encode(text, add_special=False)
     step = len(ids) // TEXTS
     starts = [i * step for i in range(TEXTS)]
-    return [Case(ids[a : a + PROMPT], ids[a + PROMPT : a + PROMPT + GIVEN]) for a in starts]
+    return [Case(ids[a : a + prompt], ids[a + prompt : a + prompt + GIVEN]) for a in starts]
 
 
 def _rows(
@@ -88,10 +88,10 @@ def _rows(
         "kl": 0.0 if full is None else fmean(map(divergence, full, answers)),
         "perplexity": fmean(map(perplexity, cases, answers)),
     }
-    return row | _answers(llm, rule), answers
+    return row | answers_to(llm, rule), answers
 
 
-def _answers(llm: LLM, rule: str) -> dict[str, float]:
+def answers_to(llm: LLM, rule: str) -> dict[str, float]:
     """Shares of questions answered rightly."""
     tokenizer = llm.tokenizer
 

@@ -24,6 +24,7 @@ class Keep:
     watch: int = 0  #: last positions of the prompt whose queries say what stays
     turns: bool = False  #: what is before the ring is written again at every step
     streamed: bool = False  #: the ring begins at `budget`, in the midst of a prompt too
+    folds: bool = False  #: a ring that is full is not written over: all slots are chosen from anew
 
     def since(self, prompt_len: int) -> int:
         """The first position that goes to the ring."""
@@ -40,13 +41,18 @@ class Keep:
 
     def seen(self, prompt_len: int, start: int) -> int:
         """Positions that the one at `start` attends to beside itself."""
-        return start if start < self.since(prompt_len) else self.budget - 1
+        since = self.since(prompt_len)
+        if start < since:
+            return start
+        if self.folds:
+            return self.budget - self.recent + (start - since) % self.recent
+        return self.budget - 1
 
     def shared(self, prompt_len: int) -> int:
         """Leading positions that may be in the prefix index: dense, and never written again."""
         if self.compacts(prompt_len):
             return prompt_len
-        return 0 if self.turns else self.budget - self.recent
+        return 0 if self.turns or self.folds else self.budget - self.recent
 
 
 @dataclass(slots=True, frozen=True)

@@ -152,6 +152,7 @@ class Runner:
             batch = build(plan.spans, self.image, self.spec, self.groups, self.state, plan.drafts)
             step.expect(batch)
             self.turning.turn(batch)
+            self.keeping.fold(batch, self.pool, self.decoder.device)
             self._compute(batch, step, self.keeping.watched(plan, batch, self.decoder.device))
             for move in plan.compactions:
                 self.image.compact(move)

@@ -36,6 +36,7 @@ class Image:
         #: [groups, rows, 3]: the position that a ring of slots begins with, its first slot, length
         self.rings = np.zeros((n_groups, n_rows, 3), np.int64)
         self.rings[:] = DENSE
+        self.folds = np.zeros((n_groups, n_rows), np.bool_)  #: rings that are never seen whole
         self.kept: set[int] = set()  #: rows with rings
         self.requests: dict[int, Request] = {}  #: by row
         #: what was written into the tables, as (group, row, first column, pages); the device's
@@ -69,6 +70,7 @@ class Image:
             self.kept.add(row)
             since = keep.since(start.prompt_len)
             self.rings[group, row] = (since, keep.budget - keep.recent, keep.recent)
+            self.folds[group, row] = keep.folds
         return row
 
     def stop(self, seq: SeqId) -> int | None:
@@ -98,7 +100,8 @@ class Image:
         since, first, length = self.rings[group, rows].T
         ring = positions >= since
         slots = np.where(ring, first + (positions - since) % length, positions)
-        return slots, np.where(ring, first + length - 1, positions)
+        whole = ring & ~self.folds[group, rows]
+        return slots, np.where(whole, first + length - 1, slots)
 
     def draft(self, seq: SeqId, tokens: list[int]) -> None:
         """Put proposed tokens behind the known ones, for one step; `commit` says what stays."""

@@ -18,6 +18,7 @@ from kvarn.kernels.attention import AttentionBackend, AttentionPlan, Ints
 from kvarn.kernels.upload import upload
 from kvarn.runner.batch import Batch
 from kvarn.runner.image import Image
+from kvarn.runner.pool import KVPool
 from kvarn.sparse.part import OneShot, Prompt
 from kvarn.sparse.rules import Rules
 
@@ -102,6 +103,32 @@ class Keeping:
             arrays.append(_slots(move.pages, size, move.kept))
         slots, *target = upload(arrays, torch.int64, device)
         return slots, target[0] if target else None
+
+    def fold(self, batch: Batch, pool: KVPool, device: torch.device) -> None:
+        """Before a step: where a ring is full, what stays of all slots moves to the first ones."""
+        if not any(keep.folds for seq in self.seqs.values() for keep in seq.keep):
+            return
+        for index, row in enumerate(batch.rows.tolist()):
+            seq = self.seqs.get(int(self.image.owner[row]))
+            if seq is None:
+                continue
+            for group, keep in enumerate(seq.keep):
+                at = int(batch.ends[index]) - 1 - keep.since(seq.prompt_len)
+                if not keep.folds or at < 0 or at % keep.recent:
+                    continue
+                pages = self.image.tables[group][row, : -(-keep.budget // self.image.page_size)]
+                found = _slots(pages, self.image.page_size, keep.budget)
+                slots = upload([found], torch.int64, device)[0]
+                for layer in pool.groups[group].layers:
+                    self._fold(seq, keep, layer, pool.cache[layer], slots)
+
+    def _fold(self, seq: Kept, keep: Keep, layer: int, cache: Any, slots: Tensor) -> None:
+        """Slots are in the order of their positions: the last of them are the newest."""
+        held = keep.budget - keep.recent
+        scores = seq.part.score(Prompt(self.backend.keys(cache, slots), None, layer))
+        stays = chosen(scores, Keep(held, held // 4), seq.part.sinks)
+        k, v = self.backend.read(cache, slots[stays.T])
+        self.backend.write(cache, slots[:held], k, v)
 
     def see(self, watched: Watched, layer: int, cache: Any, q: Tensor) -> None:
         """One layer has attended with q [T, Hq, d], and its KV is in `cache`."""

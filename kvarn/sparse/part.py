@@ -3,7 +3,8 @@
 - `keep`, on append: how many positions stay and where the next go, plain numbers that are known
   before anything runs; `split`: the table groups that this needs.
 - `observe`: what rows of the prompt say, as they are computed.
-- `score`, after prefill: what of a whole prompt stays, by layer and KV head.
+- `score`, after prefill: what of a whole prompt stays, by layer and KV head; with a `keep` that
+  folds also every few steps, of all that is held.
 - `select`, at every row that is generated: which pages it sees, by layer and KV head; `rule`: how
   many.
 

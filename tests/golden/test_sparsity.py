@@ -9,10 +9,11 @@ from torch import Tensor
 
 from kvarn.core.config import resolve
 from kvarn.core.errors import ConfigError, RequestError
+from kvarn.core.keep import Keep
 from kvarn.core.request import Request, SamplingParams
 from kvarn.engine.engine import Engine
 from kvarn.kernels.rope import turned
-from kvarn.runner.keeping import Kept
+from kvarn.runner.keeping import Kept, chosen
 
 ONE_SHOT = ["sage-kv", "snapkv", "h2o", "knorm", "random", "streamingllm"]
 PROMPT = [(7 * i * i + 3 * i) % 97 for i in range(150)]
@@ -105,6 +106,44 @@ def test_logprobs_after_compaction(tiny_folder: Any) -> None:
     torch.testing.assert_close(torch.tensor(said), wanted, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("prompt", [20, 150])
+@pytest.mark.parametrize("attention", ["reference", "cpu", "auto"])
+def test_choosing_again_every_few_steps(tiny_folder: Any, prompt: int, attention: str) -> None:
+    """Through four choices among what is held: the arg max of a dense pass with masks."""
+    engine = make_engine(
+        tiny_folder("llama"), sparsity="knorm:budget=40,sinks=3,every=12", attention=attention
+    )
+    text = PROMPT[:prompt]
+    tokens, _ = generate(engine, text, 60)
+    assert generate(engine, text, 60)[0] == tokens, "with the prefix of the first time"
+    decoder, spec = engine.executor.decoder, engine.spec  # type: ignore[attr-defined]
+    everything = text + tokens
+    total, since = len(everything), max(prompt, 40)
+    causal = torch.arange(total) <= torch.arange(total).unsqueeze(1)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen = causal.expand(2, -1, -1).clone()
+        scores = -k.norm(dim=-1).T
+        held = torch.arange(since).expand(2, -1)
+        if prompt > 40:
+            held = chosen(scores[:, :prompt], Keep(40, 12), 3)
+        for row in range(since, total):
+            if (row - since) % 12 == 0:
+                held = held.gather(1, chosen(scores.gather(1, held), Keep(28, 7), 3))
+            held = torch.cat([held, torch.full((2, 1), row)], 1)
+            seen[:, row] = torch.zeros(2, total, dtype=torch.bool).scatter(1, held, True)
+        keys, values = (x.repeat_interleave(2, 1) for x in (k, v))
+        weights = torch.einsum("qhd,khd->hqk", q, keys) * spec.scale
+        weights = weights.masked_fill(~seen.repeat_interleave(2, 0), -torch.inf).softmax(-1)
+        return torch.einsum("hqk,khd->qhd", weights, values)
+
+    with torch.inference_mode():
+        hidden = decoder.forward(torch.tensor(everything), torch.arange(total), attend)
+        logits = decoder.logits(hidden)
+    assert logits[prompt - 1 : -1].argmax(-1).tolist() == tokens
+    assert engine.control.check_integrity() == []
+
+
 @pytest.mark.parametrize("name", ONE_SHOT)
 def test_a_budget_that_holds_all_is_dense(tiny_folder: Any, name: str) -> None:
     engine = make_engine(tiny_folder("llama"), sparsity=f"{name}:budget=200")
@@ -181,6 +220,8 @@ def test_dense_attend_is_what_the_masks_replace(tiny_folder: Any) -> None:
         ("llama", {"sparsity": "sage-kv:budget=3"}, "raise budget"),
         ("llama", {"sparsity": "sage-kv:budgets=300"}, "did you mean"),
         ("llama", {"sparsity": "sagekv"}, "sage-kv"),
+        ("llama", {"sparsity": "knorm:budget=40,every=38"}, "at least 4 below"),
+        ("llama", {"sparsity": "knorm:budget=40,every=30"}, "leaves no more"),
         ("llama", {"sparsity": "sage-kv:budget=many"}, "type int"),
         ("llama", {"sparsity": "streamingllm:recent=4"}, "must be 0"),
         ("mistral", {"sparsity": "sage-kv"}, "sliding-window"),

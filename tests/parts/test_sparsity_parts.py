@@ -95,10 +95,9 @@ def test_tokens_are_those_of_a_request_alone(
     assert run(engine, PROMPTS) == alone(spec), "with the prefixes of the first time"
 
 
-@pytest.mark.parametrize("name", PARTS)
-def test_preempted_requests_keep_the_same_again(tiny_folder: Any, alone: Any, name: str) -> None:
+@pytest.mark.parametrize("spec", [*map(rule, PARTS), "knorm:budget=32,sinks=4,every=8"])
+def test_preempted_requests_keep_the_same_again(tiny_folder: Any, alone: Any, spec: str) -> None:
     """Growing dense requests drive others out, one of them in the middle of its output."""
-    spec = rule(name)
     engine = make_engine(
         tiny_folder("llama"), sparsity=spec, pages=54, budget=48, prefix="none", max_len=184
     )
