@@ -123,3 +123,21 @@ def select_pages(result: dict[str, Any]) -> Lines:
             rows,
         ),
     ]  # fmt: skip
+
+
+def recalled(result: dict[str, Any]) -> Lines:
+    """The recall model's answers."""
+    said = result["workload"]
+    rows = [
+        [row["tokens"], row["sparsity"], row["first"], row["late"]] for row in result["results"]
+    ]
+    return [
+        f"`kvarn reproduce {result['experiment']}`: the model of `benchmarks/train_recall.py`, one "
+        "pair in 16 tokens; share of questions answered rightly where an eighth of the context is "
+        "kept, or read. A first question is the prompt's last token; a late one comes after its "
+        "answer. Contexts and questions of each kind about one, by length: "
+        + ", ".join(f"{n}: {a} x {b}" for n, (a, b) in said["sizes"].items())
+        + ".",
+        "",
+        *table(["tokens", "what stays or is read", "first", "late"], rows),
+    ]

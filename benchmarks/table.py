@@ -39,6 +39,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "reproduce-kept": ("The KV that is kept, on text", sparsity.kept),
     "reproduce-streaming": ("A stream longer than the cache", sparsity.streaming),
     "reproduce-selection": ("The pages that are read, on text", sparsity.selection),
+    "reproduce-recall": ("What is recalled, by a model made for it", sparsity.recalled),
     "select": ("What choosing pages costs and saves, on a GPU", sparsity.select_pages),
     "select_decode": ("Long prompts on a GPU, dense and chosen from", sparsity.select_decode),
     "sparse_decode": ("Long prompts on a GPU, dense and kept in part", sparsity.sparse_decode),

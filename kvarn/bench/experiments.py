@@ -25,6 +25,7 @@ MODULES = {
     "hermes": ("kvarn.bench.pipeline_study", "llama-3.1-8b"),
     "online-spec": ("kvarn.bench.online_spec", "smollm2-135m"),
     "quest": ("kvarn.bench.selection_study", "smollm2-135m"),
+    "recall": ("kvarn.bench.recall_study", "recall"),
     "sage-kv": ("kvarn.bench.kept_study", "smollm2-135m"),
     "streamingllm": ("kvarn.bench.streaming_study", "smollm2-135m"),
 }
