@@ -150,7 +150,7 @@ def make_control(fleet_: Fleet, spec: ModelSpec, trace: Trace) -> ControlPlane:
     rules = Rules(groups, size, fleet_.sparsity)
     return build_control(
         groups, pages, size, fleet_.scheduler, fleet_.prefix, fleet_.evict, capacity,
-        keeps=rules.keeps, selects=rules.selects,
+        keeps=rules.keeps, selects=rules.selects, filters=rules.filters,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What of a sequence's KV stays (`Keep`) and what is read of it (`Select`): plain numbers.
+"""What stays of a sequence's KV (`Keep`), is read of it (`Select`), and of a prompt (`Filter`).
 
 A cache with a budget is a row of slots. While it grows, position p is in slot p. A prompt longer
 than the budget is computed whole; then `budget` of its positions move together into the first slots
@@ -8,6 +8,9 @@ no order that attention would have to know of, and a cache never holds more than
 
 A sequence with a `Select` keeps all; what is generated sees some pages of it, others for each
 layer, KV head and row.
+
+A `Filter` is for prompts: the first layers see all of it and say which tokens go on; these are then
+computed anew as a prompt of their own.
 """
 
 from dataclasses import dataclass
@@ -76,6 +79,26 @@ class Select:
             return start
         chosen = min(start, self.pages * self.page_size + start // self.page_size)
         return round(self.dense * start + (1 - self.dense) * chosen)
+
+
+@dataclass(slots=True, frozen=True)
+class Filter:
+    """The rule of one sequence whose prompt is read twice: by the first layers, then a part of it.
+
+    `budget` tokens go on, at positions 0 to budget - 1, through all layers.
+    """
+
+    layers: int  #: first layers, through which the whole prompt goes
+    budget: int  #: tokens that go on
+    sinks: int  #: of these, the first of the prompt
+    recent: int  #: and the last
+
+    def spread(self, prompt_len: int) -> list[int]:
+        """Positions that could go on, where nobody computes which: evenly spread in the middle."""
+        last = prompt_len - self.recent
+        middle, room = self.budget - self.sinks - self.recent, last - self.sinks
+        chosen = [self.sinks + i * room // middle for i in range(middle)]
+        return [*range(self.sinks), *chosen, *range(last, prompt_len)]
 
 
 def clamp(keeps: tuple[Keep, ...], prompt_len: int, start: int, count: int) -> int:

@@ -30,6 +30,7 @@ class GroupSpec:
     head_dim: int
     window: int | None = None  #: a query at position p sees (p - window, p]; None: all [tokens]
     sketched: bool = False  #: bounds of the keys of every page beside it: as large as a position
+    share: float = 1.0  #: pages of its pool, over those of a full-attention group
 
     def bytes_per_token(self, dtype_bytes: float) -> float:
         """K and V of one position in all layers of the group."""

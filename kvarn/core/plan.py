@@ -19,6 +19,7 @@ class Span:
     length: int  #: positions computed, drafts included
     drafts: int = 0  #: the last `drafts` of them are proposals to be verified
     wants_logits: bool = True  #: the last position's logits choose the next token
+    layers: int = 0  #: only the first so many see it, to filter the prompt; 0: all
 
 
 @dataclass(slots=True)
@@ -114,6 +115,7 @@ class StepPlan:
     #: what the drafts of the spans are, by sequence
     drafts: dict[SeqId, Draft] = field(default_factory=dict)
     compactions: list[Compaction] = field(default_factory=list)
+    partial: bool = False  #: whether some spans end at an earlier layer than the last
 
     @property
     def n_tokens(self) -> int:
@@ -137,6 +139,14 @@ class TokenLogprobs:
 
 
 @dataclass(slots=True)
+class Choice:
+    """What of a prompt goes on, in the eyes of its first layers."""
+
+    positions: list[int]  #: ascending
+    lacking: int = 0  #: of these, positions that are there by rule alone
+
+
+@dataclass(slots=True)
 class SpanResult:
     """What one span gave, for the fields that only some requests ask for."""
 
@@ -145,6 +155,7 @@ class SpanResult:
     scored_from: int = 0  #: a resumed sequence scores its prompt again, from the start
     embedding: list[float] | None = None  #: pooled hidden state, after the last position
     error: str | None = None  #: this request alone failed (a grammar that ran dry, say)
+    choice: Choice | None = None  #: after the last position of a prompt that is filtered
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from kvarn.core.keep import Keep, Select
+from kvarn.core.keep import Filter, Keep, Select
 from kvarn.core.plan import Draft, PageId, SeqId
 from kvarn.core.request import Request
 
@@ -24,7 +24,7 @@ class Seq:
     id: SeqId
     request: Request
     index: int  #: which of the request's n sequences
-    tokens: list[int]  #: prompt and committed output
+    tokens: list[int]  #: prompt (what goes on of it, once it is filtered) and committed output
     goal: int  #: positions that will ever be computed: the last token's KV is never needed
     order: tuple[int, int]  #: (priority, arrival number): smaller goes first
     computed: int = 0  #: positions whose KV is in pages, counting the steps in flight
@@ -34,6 +34,8 @@ class Seq:
     tables: list[list[PageId]] = field(default_factory=list)  #: by group; NO_PAGE: given back
     keep: tuple[Keep, ...] = ()  #: what stays of its KV, by group; (): all
     select: Select | None = None  #: what its rows see of it; None: all
+    filter: Filter | None = None  #: what says which tokens of its prompt go on; None: they all do
+    chosen: list[int] | None = None  #: their positions in what was asked, once that is known
     spare: list[list[PageId]] = field(default_factory=list)  #: by group, for what stays
     published: int = 0  #: leading pages entered in the prefix index
     cursor: Any = None  #: the prefix-index node that this sequence pins
@@ -50,13 +52,20 @@ class Seq:
 
     @property
     def prompt_len(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.prompt)
+        """Tokens of the prompt that is computed: what goes on of it, once that is known."""
+        return len(self.request.prompt) if self.chosen is None else len(self.chosen)
 
     @property
     def n_output(self) -> int:
         """Tokens generated and committed."""
-        return len(self.tokens) - len(self.request.prompt)
+        return len(self.tokens) - self.prompt_len
+
+    def go_on(self, chosen: list[int]) -> None:
+        """Nothing is computed yet, and only these positions of what was asked are the prompt."""
+        asked = self.request.prompt
+        self.goal -= len(asked) - len(chosen)
+        self.tokens = [asked[at] for at in chosen]
+        self.filter, self.chosen = None, chosen
 
     @property
     def todo(self) -> int:

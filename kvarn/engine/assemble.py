@@ -169,6 +169,7 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
         step_log,
         rules.keeps,
         rules.selects,
+        rules.filters,
     )
     speculation = None
     if config.speculate != "none" and group.rank == 0:

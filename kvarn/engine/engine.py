@@ -224,7 +224,7 @@ class Engine:
             text=text,
             finish=finish,
             stop=stop,
-            n_prompt=seq.prompt_len,
+            n_prompt=len(request.prompt),
             n_output=seq.n_output - len(progress.tokens) + len(tokens),
             n_cached=seq.cached,
             timings=_timings(seq, now),

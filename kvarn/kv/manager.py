@@ -69,6 +69,8 @@ class KVManager:
         sampling = seq.request.sampling
         if self.index is None or sampling.prompt_logprobs is not None or seq.request.pooling:
             return None  # those need the hidden state of every position
+        if seq.filter is not None:
+            return None  # what its pages hold, they hold of the first layers only
         limit = min(len(seq.tokens) - 1, self._cached(seq)) // self.page_size
         return self.index.match(seq.tokens, seq.request.cache_salt, limit)
 
@@ -97,9 +99,9 @@ class KVManager:
         seq.spare = [[] for _ in self.groups] if seq.keep else []
         if match is None:
             seq.tables = [[] for _ in self.groups]
-            if self.index is None:
+            if self.index is None or seq.filter is not None:
                 seq.published = _NEVER
-            else:
+            if self.index is not None:
                 empty = self.index.match([], seq.request.cache_salt, 0)
                 seq.cursor = self.index.take(empty, now)
         else:
@@ -125,8 +127,7 @@ class KVManager:
         wants: list[int] = []
         for group, spec in enumerate(self.groups):
             positions = end if spec.window is not None else max(end, len(seq.tokens))
-            if seq.keep:
-                positions = self._slots(seq, group, positions)
+            positions = self._slots(seq, group, positions)
             wants.append(max(0, -(-positions // size) - len(seq.tables[group])))
             if wants[group] + self._spares(seq, group) > self.available(group):
                 return None
@@ -171,7 +172,10 @@ class KVManager:
 
     def _capacity(self, seq: Seq) -> int:
         """Positions that `seq` has slots for; all there will ever be, once its rings are there."""
-        held = [len(table) * self.page_size for table in seq.tables]
+        held = [
+            len(table) * self.page_size if self._sees(seq, group) else ENDLESS
+            for group, table in enumerate(seq.tables)
+        ]
         for group, keep in enumerate(seq.keep):
             whole = keep.compacts(seq.prompt_len) and bool(seq.spare[group])
             if not whole and held[group] >= keep.budget:
@@ -180,7 +184,13 @@ class KVManager:
 
     def _slots(self, seq: Seq, group: int, end: int) -> int:
         """Slots for the positions up to `end` of `seq`."""
+        if not self._sees(seq, group):
+            return 0
         return seq.keep[group].slots(seq.prompt_len, seq.computed, end) if seq.keep else end
+
+    def _sees(self, seq: Seq, group: int) -> bool:
+        """Whether a layer of `group` computes anything of `seq` as it is now."""
+        return seq.filter is None or self.groups[group].layers[0] < seq.filter.layers
 
     def _spares(self, seq: Seq, group: int) -> int:
         """Pages that `seq` still has to get for what will stay of its prompt."""
@@ -196,8 +206,8 @@ class KVManager:
 
     def can_fork(self, parent: Seq, child: Seq) -> bool:
         """Whether `parent` still has every page of its prompt that the child's queries can see."""
-        if parent.keep:
-            return False  # its prompt is compacted, or soon will be
+        if parent.keep or parent.filter is not None:
+            return False  # its prompt is compacted, or filtered, or soon will be
         whole, partial = divmod(child.prompt_len - 1, self.page_size)
         end = whole + (partial > 0)
         for spec, table in zip(self.groups, parent.tables):
@@ -240,7 +250,7 @@ class KVManager:
         if self.index is None:
             return
         salt = child.request.cache_salt
-        match = self.index.match(child.request.prompt, salt, whole)
+        match = self.index.match(child.tokens, salt, whole)
         shared = [table[:whole] for table in parent.tables]
         if match.length == whole and match.pages[0] == shared[0]:
             child.published = whole

@@ -1,6 +1,7 @@
 """How many pages each group's pool gets from a number of bytes."""
 
 from collections.abc import Sequence
+from math import ceil
 
 from kvarn.core.model import GroupSpec
 
@@ -15,7 +16,7 @@ def pages_by_group(
 ) -> list[int]:
     """Pages of every group when a full-attention group has `full`."""
     return [
-        full
+        ceil(full * group.share)
         if group.window is None
         else min(full, window_pages(group.window, page_size, budget, max_seqs))
         for group in groups

@@ -4,7 +4,8 @@ A step's rows come flattened, [T], whatever sequences they belong to; which rows
 business of `attend`. Families differ only by what `ModelSpec` says.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,6 +27,15 @@ from kvarn.models.weights import Weights
 
 #: attend(layer, q [T, Hq, d], k [T, Hkv, d], v [T, Hkv, d]) -> z [T, Hq, d]; also keeps k and v
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(slots=True)
+class Stage:
+    """Consecutive layers of a step, through which the same rows go."""
+
+    end: int  #: the layer after its last
+    attend: Attend
+    rows: Tensor | None = None  #: [T'] rows of the stage before that go on; None: all
 
 
 class Decoder:
@@ -98,21 +108,58 @@ class Decoder:
         self, tokens: Tensor, positions: Tensor, attend: Attend, tap: Tap | None = None
     ) -> Tensor:
         """Hidden states [T, hidden] after the final norm; tokens, positions [T] int64."""
-        spec, eps = self.spec, self.spec.norm_eps
+        return self.through([Stage(self.spec.n_layers, attend)], tokens, positions, tap)
+
+    def through(
+        self, stages: Sequence[Stage], tokens: Tensor, positions: Tensor, tap: Tap | None = None
+    ) -> Tensor:
+        """The same with rows that leave after the layers of some stage.
+
+        Hidden states of the last stage's rows: nobody's final ones, if that ends too early.
+        """
+        spec = self.spec
         x = embedding(tokens, self.embed)
         if spec.embed_scale != 1.0:
             x = x * self.embed_scale
         if tap is not None:
             x = tap("embed", WHOLE_MODEL, x)
-        fused = None
-        if tap is None and isinstance(attend, PagedAttend):
-            if self.native is not None and self.native.takes(attend):
-                return self.native.run(x, positions, attend)
-            if attend.takes_projection:
-                fused = attend
-        angles = {} if fused else {key: table.at(positions) for key, table in self.ropes.items()}
         delta: Tensor | None = None
-        for i, layer in enumerate(self.layers):
+        first = 0
+        for stage in stages:
+            attend, end = stage.attend, stage.end
+            if stage.rows is not None:
+                x, positions = x[stage.rows], positions[stage.rows]
+                delta = None if delta is None else delta[stage.rows]
+            paged = attend if tap is None and isinstance(attend, PagedAttend) else None
+            if paged and self.native is not None and self.native.takes(paged, first, end):
+                x = x if delta is None else x + delta
+                hidden, delta = self.native.run(x, positions, paged, first, end), None
+                if end == spec.n_layers:
+                    return hidden
+            else:
+                delta, x = self._layers(first, end, delta, x, positions, attend, tap)
+            first = end
+        x, _ = _norm_of_sum(delta, x, self.norm, spec.norm_eps, tap, "", spec.n_layers)
+        return x if tap is None else tap("final_norm", WHOLE_MODEL, x)
+
+    def _layers(
+        self,
+        first: int,
+        end: int,
+        delta: Tensor | None,
+        x: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        tap: Tap | None,
+    ) -> tuple[Tensor | None, Tensor]:
+        """Layers `first` to `end`: what the last adds to the residual stream, and the stream."""
+        eps = self.spec.norm_eps
+        fused = None
+        if tap is None and isinstance(attend, PagedAttend) and attend.takes_projection:
+            fused = attend
+        angles = {} if fused else {key: table.at(positions) for key, table in self.ropes.items()}
+        for i in range(first, end):
+            layer = self.layers[i]
             h, x = _norm_of_sum(delta, x, layer.attn_norm, eps, tap, "resid_pre", i)
             if fused is not None:
                 delta = self._fused_attention(i, layer, h, positions, fused)
@@ -120,8 +167,7 @@ class Decoder:
                 delta = self._attention(i, layer, h, angles[self._is_local(i)], attend, tap)
             h, x = _norm_of_sum(delta, x, layer.mlp_norm, eps, tap, "resid_mid", i)
             delta = self._mlp(i, layer, h, tap)
-        x, _ = _norm_of_sum(delta, x, self.norm, eps, tap, "", spec.n_layers)
-        return x if tap is None else tap("final_norm", WHOLE_MODEL, x)
+        return delta, x
 
     def _attention(
         self, i: int, layer: Layer, h: Tensor, angles: rope.Angles, attend: Attend, tap: Tap | None

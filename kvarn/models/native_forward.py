@@ -96,37 +96,53 @@ class NativeForward:
             ctypes.addressof(self._layers), norm.data_ptr(),
         )  # fmt: skip
         self._address = ctypes.addressof(self._model)
+        self._parts: dict[tuple[int, int], CModel] = {}
         self._run = library.functions["forward"][norm.dtype]
         self._bytes = library.functions["space"][norm.dtype]
         self._space = torch.empty(0, dtype=torch.uint8)
 
-    def takes(self, attend: PagedAttend) -> bool:
-        """Whether the step's attention is laid out for the compiled kernel, in this dtype."""
-        return all(isinstance(plan, NativePlan) for plan in attend.plans) and all(
-            attend.cache[i].dtype == self.dtype for i in range(len(attend.plans))
+    def takes(self, attend: PagedAttend, first: int, end: int) -> bool:
+        """Whether attention in these layers is laid out for the compiled kernel, in this dtype."""
+        return all(isinstance(plan, NativePlan) for plan in attend.plans[first:end]) and all(
+            attend.cache[i].dtype == self.dtype for i in range(first, end)
         )
 
-    def run(self, x: Tensor, positions: Tensor, attend: PagedAttend) -> Tensor:
-        """Hidden states [T, hidden] after the final norm, of embedded rows x, which are used up."""
+    def run(
+        self, x: Tensor, positions: Tensor, attend: PagedAttend, first: int, end: int
+    ) -> Tensor:
+        """Layers `first` to `end` of rows x of the residual stream: [T, hidden], normed.
+
+        The norm is the final one; x is afterwards the stream with what the layers added.
+        """
         spec, rows = self.spec, len(x)
+        model = self._address if (first, end) == (0, spec.n_layers) else self._part(first, end)
         steps = []
-        for plan in attend.plans:
+        for plan in attend.plans[first:end]:
             plan.lay_out(spec.n_heads, spec.n_kv_heads, spec.head_dim)
             steps.append(plan.address)
         n = len(steps)
-        size = self._bytes(self._address, rows)
+        size = self._bytes(model, rows)
         if len(self._space) < size + 64:
             self._space = torch.empty(size + 64, dtype=torch.uint8)
         hidden = torch.empty_like(x)
-        caches = [attend.cache[i].data_ptr() for i in range(n)]
+        caches = [attend.cache[i].data_ptr() for i in range(first, end)]
         step_array, cache_array = (_P * n)(*steps), (_P * n)(*caches)
         passed = CPass(
             rows, positions.data_ptr(), x.data_ptr(), hidden.data_ptr(),
             ctypes.addressof(step_array), ctypes.addressof(cache_array),
             (self._space.data_ptr() + 63) // 64 * 64,
         )  # fmt: skip
-        self._run(self._address, ctypes.addressof(passed))
+        self._run(model, ctypes.addressof(passed))
         return hidden
+
+    def _part(self, first: int, end: int) -> int:
+        """The address of a model of some of the layers."""
+        if (first, end) not in self._parts:
+            part = CModel.from_buffer_copy(self._model)
+            part.layers = end - first
+            part.layer = ctypes.addressof(self._layers) + first * ctypes.sizeof(CLayer)
+            self._parts[first, end] = part
+        return ctypes.addressof(self._parts[first, end])
 
 
 def _layer(layer: Layer, table: Rope) -> CLayer:

@@ -1,6 +1,7 @@
 """`Runner`: executes plans on a model. prepare, forward, sample; there is no second path."""
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -15,10 +16,11 @@ from kvarn.kernels.attention import AttentionBackend, PagedRows
 from kvarn.kernels.attention.paged import PagedAttend
 from kvarn.kernels.attention.tree import Forest, TreePlan
 from kvarn.kernels.upload import upload
-from kvarn.models.decoder import Decoder
+from kvarn.models.decoder import Decoder, Stage
 from kvarn.models.points import Tap
 from kvarn.runner.batch import Batch, build
 from kvarn.runner.extras import Extras
+from kvarn.runner.filtering import Filtering
 from kvarn.runner.graphs import Graphs
 from kvarn.runner.image import Image
 from kvarn.runner.inflight import InFlight
@@ -93,6 +95,7 @@ class Runner:
         self.extras = Extras(decoder, self.image)
         rules = rules or Rules(groups, page_size)
         self.keeping = Keeping(rules, backend, self.image)
+        self.filtering = Filtering(rules, backend, self.image, decoder.group)
         self.selecting = Selecting(rules, backend, pool, self.image, state, decoder.device)
         ropes = [decoder.rotary(layer) for layer in range(self.spec.n_layers)]
         self.turning = Turning(backend, pool, self.image, ropes)
@@ -149,11 +152,13 @@ class Runner:
             rows = self.image.rows([span.seq for span in plan.spans])
             if before is not None and self.sampler.ruled(rows):
                 before.result()  # rules look at the tokens so far
-            batch = build(plan.spans, self.image, self.spec, self.groups, self.state, plan.drafts)
-            step.expect(batch)
-            self.turning.turn(batch)
-            self.keeping.fold(batch, self.pool, self.decoder.device)
-            self._compute(batch, step, self.keeping.watched(plan, batch, self.decoder.device))
+            if plan.partial:
+                self._compute_partway(plan, step)
+            else:
+                batch = self._batch(plan, range(len(plan.spans)))
+                step.expect(batch)
+                self._before(batch)
+                self._compute(batch, step, self.keeping.watched(plan, batch, self.decoder.device))
             for move in plan.compactions:
                 self.image.compact(move)
         elif self.state is not None:
@@ -193,6 +198,43 @@ class Runner:
         self.sampler.start(row, params, request.eos_ids, start.prompt_len, key)
         self.extras.start(row, request)
 
+    def _batch(self, plan: StepPlan, spans: Sequence[int]) -> Batch:
+        """Some spans of a plan, laid out."""
+        mine = [plan.spans[i] for i in spans]
+        batch = build(mine, self.image, self.spec, self.groups, self.state, plan.drafts)
+        if len(mine) < len(plan.spans):
+            batch.spans = np.array(spans, np.int64)[batch.spans]
+        return batch
+
+    def _before(self, batch: Batch) -> None:
+        """What must move in the cache before the step's rows look at it."""
+        self.turning.turn(batch)
+        self.keeping.fold(batch, self.pool, self.decoder.device)
+
+    def _compute_partway(self, plan: StepPlan, step: InFlight) -> None:
+        """Forward and sample where the prompts that are filtered leave after the first layers."""
+        device, stages = self.decoder.device, list[Stage]()
+        parts = self.filtering.parts(plan, self.spec.n_layers, self._batch)
+        last = parts[-1]
+        whole = last.end == self.spec.n_layers  # somebody goes through all layers
+        if whole:
+            step.expect(last.batch)
+        self._before(parts[0].batch)
+        if self.state is not None:
+            self.state.write(self.state.entries(self.image))
+        for part in parts:
+            watched = self.keeping.watched(plan, part.batch, device)
+            selecting = self.selecting.step(part.batch, part is last)
+            attend = self._attend(part.batch, watched, selecting)
+            if part.asked:
+                attend = self.filtering.asking(part, attend, step)
+            rows = None if part.rows is None else upload([part.rows], torch.int64, device)[0]
+            stages.append(Stage(part.end, attend, rows))
+        tokens, positions = self._inputs(parts[0].batch)
+        hidden = self.decoder.through(stages, tokens, positions, self.tap)
+        if whole:
+            self._conclude(last.batch, hidden, step)
+
     def _compute(self, batch: Batch, step: InFlight, watched: list[list[Watched]]) -> None:
         """Forward and sample, through a captured graph where the step is one that repeats."""
         wanted = self.tap is None and batch.decodes and not self.extras.wanted(batch)
@@ -214,7 +256,10 @@ class Runner:
             return
         if self.state is not None:
             self.state.write(self.state.entries(self.image))
-        hidden = self._forward(batch, watched, selecting)
+        self._conclude(batch, self._forward(batch, watched, selecting), step)
+
+    def _conclude(self, batch: Batch, hidden: Tensor, step: InFlight) -> None:
+        """What the step is for, from the final hidden states [T, hidden]."""
         if self.extras.wanted(batch):
             self.extras.take(batch, hidden, step.outcome)
         if len(batch.logits_at):
@@ -226,6 +271,17 @@ class Runner:
         self, batch: Batch, watched: list[list[Watched]], selecting: SelectingStep | None
     ) -> Tensor:
         """Final hidden states [T, hidden]."""
+        attend = self._attend(batch, watched, selecting)
+        pieces = self.pieces if attend.takes_projection and self.tap is None else None
+        if pieces is not None and pieces.take(len(batch.tokens)):
+            return pieces.run(batch, attend)
+        tokens, positions = self._inputs(batch)
+        return self.decoder.forward(tokens, positions, attend, self.tap)
+
+    def _attend(
+        self, batch: Batch, watched: list[list[Watched]], selecting: SelectingStep | None
+    ) -> PagedAttend:
+        """What every layer attends to."""
         forest = batch.forest
         if forest is None:
             plans: list[Any] = [self.backend.plan(rows) for rows in batch.groups]
@@ -239,21 +295,19 @@ class Runner:
             by_layer = [self._watching(i, plan, watched) for i, plan in enumerate(by_layer)]
         eager = forest is not None or bool(watched)
         eager = eager or (selecting is not None and not selecting.fused)
-        takes_projection = self.state is not None and not eager
-        attend = PagedAttend(by_layer, self.pool.cache, takes_projection)
+        return PagedAttend(by_layer, self.pool.cache, self.state is not None and not eager)
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Tokens and positions [T] on the device."""
         device = self.decoder.device
         if self.state is None:
             tokens, positions = upload([batch.tokens, batch.positions], torch.int64, device)
-            return self.decoder.forward(tokens, positions, attend, self.tap)
-        pieces = self.pieces if takes_projection and self.tap is None else None
-        if pieces is not None and pieces.take(len(batch.tokens)):
-            return pieces.run(batch, attend)
+            return tokens, positions
         from kvarn.kernels.triton.feed import feed
 
         arrays = [batch.tokens, batch.row_of, batch.positions]
         said, rows, positions = upload(arrays, torch.int32, device)
-        tokens = feed(said, rows, self.state.last)
-        return self.decoder.forward(tokens, positions, attend, self.tap)
+        return feed(said, rows, self.state.last), positions
 
     def _watching(self, layer: int, plan: Any, watched: list[list[Watched]]) -> Any:
         """The layer's plan, watched where something of its group will go."""

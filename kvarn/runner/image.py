@@ -64,7 +64,9 @@ class Image:
         self.tokens[row, : len(start.tokens)] = start.tokens
         self.known[row] = self.filled[row] = len(start.tokens)
         self.prompt_len[row] = start.prompt_len
+        width = max(map(len, start.tables), default=0)
         for group, pages in enumerate(start.tables):
+            self._widen_table(group, width)  # none is looked up beyond its end
             self._write(group, row, 0, pages)
         for group, keep in enumerate(start.keep):
             self.kept.add(row)
@@ -139,11 +141,13 @@ class Image:
         self.filled[rows] = at + 1
 
     def _write(self, group: int, row: int, at: int, pages: list[int]) -> None:
-        table = self.tables[group]
-        if at + len(pages) > table.shape[1]:
-            table = self.tables[group] = _widened(table, at + len(pages))
-        table[row, at : at + len(pages)] = pages
+        self._widen_table(group, at + len(pages))
+        self.tables[group][row, at : at + len(pages)] = pages
         self.writes.append((group, row, at, pages))
+
+    def _widen_table(self, group: int, width: int) -> None:
+        if width > self.tables[group].shape[1]:
+            self.tables[group] = _widened(self.tables[group], width)
 
     def _widen_tokens(self, width: int) -> None:
         if width > self.tokens.shape[1]:

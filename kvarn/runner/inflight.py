@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvarn.core.plan import Draft, SpanResult, StepResult
+from kvarn.core.plan import Choice, Draft, SpanResult, StepResult
 from kvarn.runner.batch import Batch
 from kvarn.runner.image import Image, Ints
 from kvarn.runner.pool import KVPool
@@ -30,6 +30,7 @@ class InFlight:
     at: Ints = field(default_factory=lambda: np.zeros(0, np.int64))  #: where the tokens go
     #: by row of the logits, before any rule or temperature; None: nobody asked
     alternatives: list[list[tuple[int, float]]] | None = None
+    choices: dict[int, Tensor] = field(default_factory=dict)  #: by span, as `choose` was told
     _tokens: Tensor | None = None  #: on the host once `_done` has happened
     _done: torch.cuda.Event | None = None
     _settled: bool = False
@@ -45,13 +46,21 @@ class InFlight:
 
     def fetch(self, tokens: Tensor) -> None:
         """Start copying the tokens [R] to the host."""
-        if not tokens.is_cuda:
-            self._tokens = tokens
-            return
-        self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-        self._tokens.copy_(tokens, non_blocking=True)
+        self._tokens = self._to_host(tokens)
+
+    def choose(self, span: int, found: Tensor) -> None:
+        """What goes on of the prompt that `span` ends: positions, how many the scores lacked."""
+        self.choices[span] = self._to_host(found)
+
+    def _to_host(self, x: Tensor) -> Tensor:
+        """Start copying: x is there once `_done` has happened."""
+        if not x.is_cuda:
+            return x
+        there = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        there.copy_(x, non_blocking=True)
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._done.record()
+        return there
 
     def result(self) -> StepResult:
         """What the step gave."""
@@ -61,6 +70,10 @@ class InFlight:
                 self._done.synchronize()
             if self._tokens is not None:
                 self.settle(Sampled(self._tokens.tolist()))
+            for span, found in self.choices.items():
+                *positions, lacking = found.tolist()
+                extra = self.outcome.extras.setdefault(span, SpanResult())
+                extra.choice = Choice(positions, lacking)
             self.outcome.seconds = time.perf_counter() - self.began
         return self.outcome
 

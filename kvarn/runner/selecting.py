@@ -83,17 +83,21 @@ class Selecting:
         if self.parts.pop(row, None) is not None:
             self.since[row] = ENDLESS
 
-    def step(self, batch: Batch) -> "SelectingStep | None":
-        """What this step's layers do; None where nobody chooses, almost always."""
+    def step(self, batch: Batch, ends: bool = True) -> "SelectingStep | None":
+        """What this step's layers do; None where nobody chooses, almost always.
+
+        `ends` False: it is asked again of the same step, for layers that fewer rows go through.
+        """
         if not self.parts:
             return None
         mine = np.array([row in self.parts for row in batch.rows.tolist()], np.bool_)
         if not mine.any():
             return None
         whole = self._whole(batch, mine)
-        drafted = np.array([len(d.tokens) if d else 0 for d in batch.drafts] or [0], np.int64)
-        ends = batch.ends - drafted
-        self.sketched[batch.rows[mine]] = ends[mine] // self.image.page_size
+        if ends:
+            drafted = np.array([len(d.tokens) if d else 0 for d in batch.drafts] or [0], np.int64)
+            known = batch.ends - drafted
+            self.sketched[batch.rows[mine]] = known[mine] // self.image.page_size
         return SelectingStep(self, batch, whole)
 
     def _whole(self, batch: Batch, mine: Any) -> list[Ints]:

@@ -9,7 +9,16 @@ from kvarn.kv.evict import Evict
 from kvarn.kv.manager import KVManager
 from kvarn.kv.prefix import PrefixIndex
 from kvarn.schedule import Scheduler
-from kvarn.schedule.control import Capacity, ControlPlane, Keeps, Selects, keep_all, see_all
+from kvarn.schedule.control import (
+    Capacity,
+    ControlPlane,
+    Filters,
+    Keeps,
+    Selects,
+    keep_all,
+    see_all,
+    take_whole,
+)
 from kvarn.schedule.logged import LoggedControl, Write
 
 
@@ -24,10 +33,12 @@ def build_control(
     write: Write | None = None,
     keeps: Keeps = keep_all,
     selects: Selects = see_all,
+    filters: Filters = take_whole,
 ) -> ControlPlane:
     """Parts by name (`prefix` may be "none"); unknown names are errors that say the nearest.
 
-    `keeps` says what stays of a request's KV, `selects` what is read of it.
+    `keeps` says what stays of a request's KV, `selects` what is read of it, `filters` what chooses
+    the tokens of its prompt that go on.
 
     With `write` the control plane records every call there (`kvarn.schedule.logged`).
     """
@@ -40,5 +51,5 @@ def build_control(
     kv = KVManager(groups, pages, page_size, index)
     part = cast(Scheduler, find("scheduler", scheduler)())
     if write is not None:
-        return LoggedControl(part, kv, capacity, keeps, selects, write)
-    return ControlPlane(part, kv, capacity, keeps, selects)
+        return LoggedControl(part, kv, capacity, keeps, selects, filters, write)
+    return ControlPlane(part, kv, capacity, keeps, selects, filters)

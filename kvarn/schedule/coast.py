@@ -5,7 +5,7 @@ each, in order. What such steps change is little (a token and a position for eac
 now and then), so a simulator need not form their plans. The real engine never coasts: it has
 tokens to wait for. A property test compares the books of both ways, page for page.
 
-Regime: one full-attention group (windows give pages back at every step), sequences that keep all
+Regime: full-attention groups (windows give pages back at every step), sequences that keep all
 of their KV, and schedulers that say `coasts`: their plan for such a state is what is done here, and
 they keep no state of their own.
 """
@@ -48,7 +48,7 @@ def can_coast(control: ControlPlane, in_flight: int = 0) -> int:
 
 def _with_pages(kv: KVManager, running: Sequence[Seq], most: int) -> int:
     """The steps of `most` for which pages are there without anybody giving way."""
-    size, room = kv.page_size, kv.available(0)
+    size, room = kv.page_size, min(map(kv.available, range(len(kv.pages))))
 
     def needed(steps: int) -> int:
         return sum(-(-max(0, s.computed + steps - s.capacity) // size) for s in running)

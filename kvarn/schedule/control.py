@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from kvarn.core.errors import QueueFull
-from kvarn.core.keep import Keep, Select
+from kvarn.core.keep import Filter, Keep, Select
 from kvarn.core.output import EngineStats, FinishReason
 from kvarn.core.plan import Draft, SeqId, Span, SpanResult, StepPlan, StepResult
 from kvarn.core.request import Request
@@ -24,6 +24,8 @@ from kvarn.schedule.planner import Planner, Queues
 Keeps = Callable[[Request], tuple[Keep, ...]]
 #: what is read of it; None: all that stays
 Selects = Callable[[Request], Select | None]
+#: what says which tokens of a prompt go on; None: they all do
+Filters = Callable[[Request], Filter | None]
 
 
 def keep_all(request: Request) -> tuple[Keep, ...]:
@@ -33,6 +35,11 @@ def keep_all(request: Request) -> tuple[Keep, ...]:
 
 def see_all(request: Request) -> Select | None:
     """Every row sees all that stays."""
+    return None
+
+
+def take_whole(request: Request) -> Filter | None:
+    """Every token of every prompt goes on."""
     return None
 
 
@@ -79,12 +86,14 @@ class ControlPlane:
         capacity: Capacity,
         keeps: Keeps = keep_all,
         selects: Selects = see_all,
+        filters: Filters = take_whole,
     ) -> None:
         self.scheduler = scheduler
         self.kv = kv
         self.capacity = capacity
         self.keeps = keeps
         self.selects = selects
+        self.filters = filters
         self.budget = capacity.budget  #: positions of a step; lower after running out of memory
         self.max_seqs = capacity.max_seqs  #: sequences that run at once; likewise
         self.queues = Queues()
@@ -142,6 +151,7 @@ class ControlPlane:
             stops=frozenset(stops),
             keep=self.keeps(request) if generates else (),
             select=self.selects(request),
+            filter=self.filters(request) if generates else None,
         )
         self._next_seq += 1
         return seq
@@ -202,10 +212,9 @@ class ControlPlane:
         count = self._count
         count.preemptions += len(step.preempted)
         for seq in step.admitted:
-            if seq.preemptions == 0:
-                count.prompt_tokens += seq.prompt_len
-                count.cached_tokens += seq.cached
-                count.queue_time += 0.1 * (now - seq.request.arrival - count.queue_time)
+            count.prompt_tokens += len(seq.request.prompt)
+            count.cached_tokens += seq.cached
+            count.queue_time += 0.1 * (now - seq.request.arrival - count.queue_time)
         return plan
 
     def apply(self, plan: StepPlan, result: StepResult, now: float) -> list[Progress]:
@@ -220,6 +229,9 @@ class ControlPlane:
             if extra is not None and extra.error is not None:
                 self.finish(seq, "error", now)
                 progress.append(Progress(seq, [], "error", None, extra))
+            elif span.layers:
+                if extra is not None and extra.choice is not None and seq.filter is not None:
+                    self._go_on(seq, extra.choice.positions, now)
             elif span.wants_logits:
                 seq.pending -= 1
                 if span.drafts:
@@ -232,6 +244,16 @@ class ControlPlane:
             elif extra is not None:
                 progress.append(Progress(seq, [], None, None, extra))
         return progress
+
+    def _go_on(self, seq: Seq, chosen: list[int], now: float) -> None:
+        """What goes on of a prompt is known: it waits for its place again, and so do siblings."""
+        if seq.status is Status.RUNNING:
+            self._leave(seq, now)
+            self.queues.enqueue(seq)
+        seq.go_on(chosen)
+        for other in self._by_request[seq.request.id]:
+            if other.filter is not None and other.status is Status.WAITING:
+                other.go_on(chosen)
 
     def _settle(self, seq: Seq, drafts: int, accepted: int) -> None:
         """Of `drafts` positions computed at the end of `seq`, only the `accepted` first count."""
@@ -316,12 +338,16 @@ class ControlPlane:
 
     def _put_back(self, seq: Seq, now: float) -> None:
         """A running sequence waits again and will be computed anew."""
-        self.queues.remove(seq)
-        self.kv.release(seq, now, keep=False)
-        self._gone.append(seq.id)
+        self._leave(seq, now)
         seq.preemptions += 1
         self._count.preemptions += 1
         self.queues.enqueue(seq)
+
+    def _leave(self, seq: Seq, now: float) -> None:
+        """A running sequence gives all up, and none of it may serve prefix hits."""
+        self.queues.remove(seq)
+        self.kv.release(seq, now, keep=False)
+        self._gone.append(seq.id)
 
     def clear_prefixes(self, now: float) -> None:
         """Forget every cached prefix that nobody uses."""
@@ -331,7 +357,9 @@ class ControlPlane:
 
     def context(self, span: Span) -> int:
         """Positions that the first row of a planned `span` reads beside its own, for prices."""
-        seq = self.seqs[span.seq]
+        seq = self.seqs.get(span.seq)
+        if seq is None:
+            return span.start  # it ended after the step was planned
         if seq.select is not None:
             return seq.select.seen(seq.prompt_len, span.start)
         keeps = seq.keep

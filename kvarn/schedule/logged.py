@@ -14,7 +14,7 @@ from kvarn.core.request import Request
 from kvarn.core.seq import Seq
 from kvarn.kv.manager import KVManager
 from kvarn.schedule import Scheduler
-from kvarn.schedule.control import Capacity, ControlPlane, Keeps, Progress, Selects
+from kvarn.schedule.control import Capacity, ControlPlane, Filters, Keeps, Progress, Selects
 
 Write = Callable[[dict[str, Any]], None]
 Result = TypeVar("Result")
@@ -25,9 +25,9 @@ class LoggedControl(ControlPlane):
 
     def __init__(
         self, scheduler: Scheduler, kv: KVManager, capacity: Capacity, keeps: Keeps,
-        selects: Selects, write: Write,
+        selects: Selects, filters: Filters, write: Write,
     ) -> None:  # fmt: skip
-        super().__init__(scheduler, kv, capacity, keeps, selects)
+        super().__init__(scheduler, kv, capacity, keeps, selects, filters)
         self._write = write
         self._depth = 0  # calls that this class makes of itself are consequences, not causes
 
@@ -65,9 +65,12 @@ class LoggedControl(ControlPlane):
     def apply(self, plan: StepPlan, result: StepResult, now: float) -> list[Progress]:
         """Record and commit what a step gave."""
         errors = {i: extra.error for i, extra in result.extras.items() if extra.error}
+        more = {}
+        if plan.partial:
+            more["choices"] = {i: x.choice for i, x in result.extras.items() if x.choice}
         self._record(
             "apply", step=plan.step, now=now, tokens=result.tokens, errors=errors,
-            seconds=result.seconds,
+            seconds=result.seconds, **more,
         )  # fmt: skip
         return self._within(super().apply, plan, result, now)
 
@@ -117,6 +120,8 @@ def as_record(plan: StepPlan) -> dict[str, Any]:
         "copies": [[c.group, c.source, c.target] for c in plan.copies],
         "spans": [[s.seq, s.start, s.length, s.drafts, s.wants_logits] for s in plan.spans],
     }
+    if plan.partial:
+        record["layers"] = [s.layers for s in plan.spans]
     if plan.compactions:
         record["compactions"] = [[c.seq, c.group, c.kept, c.pages] for c in plan.compactions]
     return record

@@ -55,7 +55,7 @@ class Planner:
         self.max_seqs = max_seqs
         self.now = now
         self.preempted: list[Seq] = []
-        self.admitted: list[Seq] = []
+        self.admitted: list[Seq] = []  #: for the first time
         self._queues = queues
         self._whole: list[Seq] = []  # prompts that this step completes, and that go mostly
         self._watermark = [pages // 100 for pages in kv.pages]
@@ -93,9 +93,12 @@ class Planner:
         if end > seq.capacity and not self._make_room(seq, end):
             return False
         known = len(seq.tokens) + seq.pending
-        wants_logits = end == known and seq.generates
+        layers = 0 if seq.filter is None else seq.filter.layers
+        wants_logits = end == known and seq.generates and not layers
         drafts = self._add_draft(seq, count) if seq.draft is not None and wants_logits else 0
-        self.plan.spans.append(Span(seq.id, start, count + drafts, drafts, wants_logits))
+        self.plan.spans.append(Span(seq.id, start, count + drafts, drafts, wants_logits, layers))
+        if layers:
+            self.plan.partial = True
         seq.computed = end + drafts
         if wants_logits:
             seq.pending += 1
@@ -153,8 +156,8 @@ class Planner:
         if seq.admitted_at is None:
             seq.admitted_at = self.now
             seq.cached = seq.computed
+            self.admitted.append(seq)
         self._queues.start(seq)
-        self.admitted.append(seq)
         todo = min(seq.todo, self.budget, seq.todo if count is None else count)
         edits_before = len(self.plan.edits)
         advanced = self.advance(seq, todo)
@@ -209,7 +212,9 @@ class Planner:
 
     def _soon_forked(self, seq: Seq) -> bool:
         parent = self._sibling(seq)
-        return parent is not None and self._settled(parent) < seq.prompt_len - 1
+        if parent is None:
+            return False
+        return parent.filter is not None or self._settled(parent) < seq.prompt_len - 1
 
     def _sibling(self, seq: Seq) -> Seq | None:
         """The running first sibling of a sequence that has no output yet."""

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from itertools import accumulate, repeat
 from typing import Protocol
 
-from kvarn.core.plan import StepPlan, StepResult
+from kvarn.core.plan import Choice, SpanResult, StepPlan, StepResult
 from kvarn.core.request import Request
 from kvarn.core.seq import Seq
+from kvarn.cost.partway import partway
 from kvarn.cost.rounded import Rounded
 from kvarn.cost.shape import CostModel, Estimate, StepShape, shape_of
 from kvarn.schedule.coast import can_coast, coast
@@ -133,12 +134,7 @@ class Instance:
             plan = self.control.plan(now / NS)
             if not plan.spans:
                 return None
-            shape = shape_of(
-                (self.control.context(s), s.length, s.wants_logits) for s in plan.spans
-            )
-            price = self.cost.step(shape)
-            self._run = _Run(shape, now, [], [], [], plan)
-            self._run.take(price, now)
+            return self._begin(plan, now)
         self.version += 1
         return self._run.ends[-1]
 
@@ -159,17 +155,36 @@ class Instance:
             else []
             for span in run.plan.spans
         ]
-        result = StepResult(run.plan.step, tokens, seconds=(now - run.start) / NS)
+        extras = self._choices(run.plan) if run.plan.partial else {}
+        result = StepResult(run.plan.step, tokens, extras, (now - run.start) / NS)
         progress = self.control.apply(run.plan, result, now / NS)
         self.watcher.committed(self, [one.seq for one in progress if one.tokens], run.ends)
         return progress
 
     def _begin(self, plan: StepPlan, now: int) -> int:
         """Run a planned step; its end [ns]."""
-        shape = shape_of((s.start, s.length, s.wants_logits) for s in plan.spans)
+        context = self.control.context
+        shape = shape_of((context(s), s.length, s.wants_logits) for s in plan.spans)
+        price = self._partway(plan) if plan.partial else self.cost.step(shape)
         self._run = _Run(shape, now, [], [], [], plan)
         self.version += 1
-        return self._run.take(self.cost.step(shape), now)
+        return self._run.take(price, now)
+
+    def _partway(self, plan: StepPlan) -> Estimate:
+        """The price of a step in which filtered prompts leave after the first layers."""
+        context = self.control.context
+        spans = [(context(s), s.length, s.wants_logits, s.layers) for s in plan.spans]
+        return partway(self.cost, spans, sum(len(g.layers) for g in self.control.kv.groups))
+
+    def _choices(self, plan: StepPlan) -> dict[int, SpanResult]:
+        """What goes on of prompts that are through: as many tokens as an engine would choose."""
+        found = {}
+        for i, span in enumerate(plan.spans):
+            seq = self.control.seqs.get(span.seq)
+            rule = None if seq is None or not span.layers else seq.filter
+            if seq is not None and rule is not None and span.start + span.length == seq.prompt_len:
+                found[i] = SpanResult(choice=Choice(rule.spread(seq.prompt_len)))
+        return found
 
     def _plan_ahead(self, run: _Run) -> None:
         """What the overlapped loop decided when `run` began, if that is not done yet."""

@@ -19,7 +19,7 @@ import msgspec
 from kvarn.core.errors import ConfigError, QueueFull
 from kvarn.core.model import GroupSpec, ModelSpec
 from kvarn.core.output import EngineStats
-from kvarn.core.plan import Draft, SpanResult, StepPlan, StepResult
+from kvarn.core.plan import Choice, Draft, SpanResult, StepPlan, StepResult
 from kvarn.core.request import Request
 from kvarn.cost.fitted import regime
 from kvarn.cost.shape import StepShape, shape_of
@@ -125,10 +125,11 @@ def _control(begin: dict[str, Any], path: str) -> ControlPlane:
         options = begin["options"]
         groups = msgspec.convert(begin["groups"], list[GroupSpec])
         limits = (options[name] for name in ("budget", "max_seqs", "max_len", "max_queue"))
+        rules = Rules(groups, options["page_size"], options.get("sparsity", NONE))
         return build_control(
             groups, begin["pages"], options["page_size"], options["scheduler"], options["prefix"],
             options["evict"], Capacity(*limits),
-            keeps=Rules(groups, options["page_size"], options.get("sparsity", NONE)).keeps,
+            keeps=rules.keeps, selects=rules.selects, filters=rules.filters,
         )  # fmt: skip
     except _BAD as error:
         raise _error(path, 1, f"describes no engine: {error!r}") from error
@@ -157,6 +158,8 @@ def _repeat(
         case "apply":
             plan = plans.pop(record["step"])
             extras = {int(i): SpanResult(error=text) for i, text in record["errors"].items()}
+            for i, said in record.get("choices", {}).items():
+                extras.setdefault(int(i), SpanResult()).choice = msgspec.convert(said, Choice)
             control.apply(plan, StepResult(plan.step, record["tokens"], extras), now)
         case "fail":
             control.fail([plans.pop(step) for step in record["steps"]], now)
@@ -216,7 +219,8 @@ def step_rows(path: str) -> Iterator[tuple[StepShape, float]]:
 
     A step that was handed over while another ran counts from the other's end, since what it waited
     for the device is not its own. Left out: the first step of each kind (decodes only, with
-    prompts), which warms caches up, and steps that failed or did not fit, which no result ended.
+    prompts), which warms caches up, steps that failed or did not fit, which no result ended, and
+    those in which rows left after the first layers.
     """
     spans: dict[int, list[list[Any]]] = {}
     queued: set[int] = set()  # handed over behind another
@@ -229,7 +233,7 @@ def step_rows(path: str) -> Iterator[tuple[StepShape, float]]:
                     step = record["plan"]["step"]
                     if spans:
                         queued.add(step)
-                    if record["plan"]["spans"]:
+                    if record["plan"]["spans"] and "layers" not in record["plan"]:
                         spans[step] = record["plan"]["spans"]
                 case "fail" | "retreat":
                     for step in record["steps"]:

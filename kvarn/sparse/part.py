@@ -5,6 +5,8 @@
 - `observe`: what rows of the prompt say, as they are computed.
 - `score`, after prefill: what of a whole prompt stays, by layer and KV head; with a `keep` that
   folds also every few steps, of all that is held.
+- `filter`: how many layers see a prompt whole, and how many of its tokens go on to the others;
+  `PromptFilter.score` says which.
 - `select`, at every row that is generated: which pages it sees, by layer and KV head; `rule`: how
   many.
 
@@ -19,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from kvarn.core.errors import ConfigError
-from kvarn.core.keep import Keep, Select
+from kvarn.core.keep import Filter, Keep, Select
 from kvarn.core.model import GroupSpec
 from kvarn.core.part import Cap, Part
 
@@ -54,6 +56,10 @@ class Sparsity(Part):
 
     def rule(self, page_size: int, n_layers: int) -> Select | None:
         """What rows of a sequence see of its pages, in a model of `n_layers`; None: all."""
+        return None
+
+    def filter(self, n_layers: int) -> Filter | None:
+        """What of its prompt goes on, in a model of `n_layers`; None: all."""
         return None
 
     def check(self, page_size: int, groups: int) -> None:
@@ -152,4 +158,66 @@ class Selector(Sparsity):
 
     def select(self, pages: Pages) -> "Tensor":
         """How much each page matters to the row: [Hkv, P] fp32."""
+        raise NotImplementedError
+
+
+@dataclass(slots=True, frozen=True)
+class PromptFilter(Sparsity):
+    """The first layers see the whole prompt and choose tokens of it; all layers see these alone.
+
+    Tokens that go on stand at positions 0, 1, ..: a prompt of its own, whose KV is kept whole.
+    """
+
+    budget: int = 1024  #: tokens that go on
+    sinks: int = 1  #: of these, the first of the prompt
+    recent: int = 32  #: and the last
+    layer: int = -1  #: whose queries choose; -1: two fifths of the way up
+    upper: float = 1.0  #: pages for the layers after it, over those for it (an engine's own part)
+
+    def split(self, groups: list[GroupSpec]) -> list[GroupSpec]:
+        """See `Sparsity`: the layers that see whole prompts, and the others."""
+        rule = self.filter(sum(len(group.layers) for group in groups))
+        found = list[GroupSpec]()
+        for group in groups:
+            first = tuple(layer for layer in group.layers if layer < rule.layers)
+            others = tuple(layer for layer in group.layers if layer >= rule.layers)
+            if first:
+                found.append(replace(group, layers=first))
+            if others:
+                found.append(replace(group, layers=others, share=self.upper))
+        return found
+
+    def filter(self, n_layers: int) -> Filter:
+        """See `Sparsity`."""
+        layer = round(0.4 * n_layers) if self.layer == -1 else self.layer
+        if not 0 <= layer < n_layers:
+            raise ConfigError(
+                f"sparsity {self.name!r}: layer={self.layer} is outside the model's layers, 0 to "
+                f"{n_layers - 1}"
+            )
+        return Filter(layer + 1, self.budget, self.sinks, self.recent)
+
+    def check(self, page_size: int, groups: int) -> None:
+        """See `Sparsity`."""
+        if self.sinks < 0 or self.recent < 1:
+            raise ConfigError(
+                f"sparsity {self.name!r}: sinks={self.sinks} must be 0 or more and "
+                f"recent={self.recent} at least 1: the prompt's last token goes on"
+            )
+        least = self.sinks + self.recent + 1
+        if self.budget < least:
+            raise ConfigError(
+                f"sparsity {self.name!r}: budget={self.budget} is below sinks + recent + 1 = "
+                f"{least}; raise budget, or lower sinks={self.sinks} and recent={self.recent}"
+            )
+        if not 0 < self.upper <= 1:
+            raise ConfigError(
+                f"sparsity {self.name!r}: upper={self.upper:g} must be above 0 and at most 1"
+            )
+
+    def score(self, q: "Tensor", k: "Tensor") -> "Tensor":
+        """How much each position matters to the last: [L] fp32, of q [Hq, d] and k [L, Hkv, d].
+
+        Linear in q and k: ranks that hold a part of the heads each add theirs up.
+        """
         raise NotImplementedError

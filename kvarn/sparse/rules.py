@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any, cast
 
 from kvarn.core.errors import ConfigError, RequestError, nearest
-from kvarn.core.keep import Keep, Select
+from kvarn.core.keep import Filter, Keep, Select
 from kvarn.core.model import GroupSpec
 from kvarn.core.part import find
 from kvarn.core.request import Request
@@ -88,14 +88,26 @@ class Rules:
         part = self.part(request)
         return None if part is None else part.rule(self.page_size, self.n_layers)
 
+    def filters(self, request: Request) -> Filter | None:
+        """What says which tokens of its prompt go on; None: they all do."""
+        part = self.part(request)
+        rule = None if part is None else part.filter(self.n_layers)
+        return rule if rule is not None and len(request.prompt) > rule.budget else None
+
     def check(self, request: Request) -> None:
         """Refuse a request that asks for what this engine cannot do."""
-        if request.sparsity is None:
-            return
-        try:
-            self._checked(request.sparsity)
-        except ConfigError as error:
-            raise RequestError(str(error), param="sparsity", code="invalid_value") from None
+        if request.sparsity is not None:
+            try:
+                self._checked(request.sparsity)
+            except ConfigError as error:
+                raise RequestError(str(error), param="sparsity", code="invalid_value") from None
+        if request.sampling.prompt_logprobs is not None and self.filters(request) is not None:
+            raise RequestError(
+                "prompt_logprobs cannot be had of a prompt of which only a part is computed by "
+                "all layers; leave them out, or ask with sparsity=none",
+                param="prompt_logprobs",
+                code="invalid_value",
+            )
 
     def _checked(self, text: str) -> None:
         part = parse(text)
@@ -106,11 +118,14 @@ class Rules:
             self._can_evict(part)
         if part.rule(self.page_size, self.n_layers) is not None:
             self._can_select(part)
+        rule = part.filter(self.n_layers)
+        if rule is not None:
+            self._can_filter(part, rule)
         if self.deterministic:
             raise ConfigError(
                 f"sparsity {part.name!r} cannot run with deterministic: a step in which a prompt "
-                f"is watched, or a row chooses what it sees, computes its layers in another way; "
-                f"leave one of them out"
+                f"is watched or filtered, or a row chooses what it sees, computes its layers in "
+                f"another way; leave one of them out"
             )
 
     def _can_evict(self, part: Sparsity) -> None:
@@ -123,6 +138,21 @@ class Rules:
             raise ConfigError(
                 f"sparsity {part.name!r} cannot run with speculation: a rejected draft has "
                 f"already taken the places of older positions; use speculate=none"
+            )
+
+    def _can_filter(self, part: Sparsity, rule: Filter) -> None:
+        layer = rule.layers - 1
+        whole = [at for group in self.groups if group.window is None for at in group.layers]
+        if layer not in whole:
+            near = f"layer={min(whole, key=lambda at: abs(at - layer))}" if whole else "none"
+            raise ConfigError(
+                f"sparsity {part.name!r} cannot choose by layer={layer}, whose sliding window "
+                f"has dropped most of the prompt; what would work: {near}"
+            )
+        if self.drafts:
+            raise ConfigError(
+                f"sparsity {part.name!r} cannot run with speculation: drafts follow the prompt "
+                f"that was asked, and not what goes on of it; use speculate=none"
             )
 
     def _can_select(self, part: Sparsity) -> None:

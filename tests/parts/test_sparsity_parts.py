@@ -11,7 +11,8 @@ from kvarn.engine.engine import Engine
 from kvarn.sparse.part import Selector
 
 PARTS = sorted(name for kind, name in known() if kind == "sparsity")
-MORE = {"pyramid": ",steps=3"}  #: the tiny model has no more layers
+#: the tiny model has no more layers; a prompt's last tokens go on beside its first
+MORE = {"pyramid": ",steps=3", "gemfilter": ",recent=8"}
 SELECTORS = [name for name in PARTS if issubclass(find("sparsity", name), Selector)]
 SYSTEM = [(5 * i * i + i) % 97 for i in range(40)]
 PROMPTS = [SYSTEM + [(11 * i * j + 3 * j) % 97 for j in range(10 + 17 * i)] for i in range(1, 6)]

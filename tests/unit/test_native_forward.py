@@ -56,7 +56,7 @@ def hidden(decoder: Decoder, one_call: bool) -> torch.Tensor:
         plans.setdefault(spec.window(i), backend.plan(rows))
     attend = PagedAttend([plans[spec.window(i)] for i in range(spec.n_layers)], cache)
     tokens = torch.randint(0, spec.vocab, (len(positions),))
-    assert decoder.native is not None and decoder.native.takes(attend)
+    assert decoder.native is not None and decoder.native.takes(attend, 0, spec.n_layers)
     held, decoder.native = decoder.native, decoder.native if one_call else None
     torch.use_deterministic_algorithms(True)  # memory that nobody wrote holds NaN
     with torch.inference_mode():
