@@ -141,3 +141,61 @@ def recalled(result: dict[str, Any]) -> Lines:
         "",
         *table(["tokens", "what stays or is read", "first", "late"], rows),
     ]
+
+
+def filtered(result: dict[str, Any]) -> Lines:
+    """Prompts of which a part goes on: the part beside its rivals, and the sweep of layers."""
+    said = result["workload"]
+    names = ("full", "gemfilter", "snapkv", "random", "last", "covered", "lacking")
+    rows = [[row["set"], *(row[name] for name in names)] for row in result["results"]]
+    columns = [name for name in result["sweep"][0] if name != "layer"]
+    sweep = [[row["layer"], *(row[name] for name in columns)] for row in result["sweep"]]
+    return [
+        f"`kvarn reproduce {result['experiment']}`: {result['config']['model']} in fp32; share of "
+        f"{said['questions']} questions of each kind answered rightly with 1/{said['share']} of "
+        "the prompt: what the part lets go on, the KV that `snapkv` keeps, tokens by lot and the "
+        "last ones (the first token and the last 32 always among them). Then the share in which "
+        "all that the answer needs went on, and how many of the first token and the last 32 the "
+        f"scores lacked. The part chooses by layer {said['default_layer']}, its default here.",
+        "",
+        *table(
+            ["questions", "full", "gemfilter", "snapkv", "by lot", "last", "went on", "lacking"],
+            rows,
+        ),
+        "",
+        "What each layer would choose: the share of questions whose facts would go on, and of "
+        "those that are answered rightly from what would.",
+        "",
+        *table(["layer", *columns], sweep),
+    ]
+
+
+def prefill(result: dict[str, Any]) -> Lines:
+    """Long prompts on a GPU: whole, whole and evicted, filtered."""
+    said = result["workload"]
+    rows = [
+        [
+            row["prompt"], one["sparsity"], one["first_token_s"], one["kv_peak_bytes"] / 2**20,
+            one["kv_end_bytes"] / 2**20, one["step_peak_bytes"] / 2**20,
+        ]
+        for row in result["results"]
+        for one in row["settings"]
+    ]  # fmt: skip
+    ratios = "; ".join(
+        f"{row['prompt']} tokens: first token {row['speedup']:.2f} times sooner than with the full "
+        f"prompt (by layers and tokens alone {row['ideal']:.2f}), peak KV "
+        f"{row['kv_peak_over_snapkv']:.2f} of snapkv's"
+        for row in result["results"]
+    )
+    pools = result["pool_bytes"]
+    return [
+        f"{result['config']['model']}, random weights, one request at a time, {said['budget']} "
+        f"tokens go on, chosen by layer {said['layer']} of {said['layers']}. {ratios}. Pools made "
+        f"for one request of the longest prompt: {pools['none'] / 2**20:.0f} MiB for the whole KV, "
+        f"{pools['gemfilter'] / 2**20:.0f} MiB with table groups.",
+        "",
+        *table(
+            ["prompt", "setting", "first token [s]", "KV peak [MiB]", "KV at the end", "steps"],
+            rows,
+        ),
+    ]

@@ -38,6 +38,8 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "online_spec": ("A drafter that learns", speculation.online_spec),
     "reproduce-kept": ("The KV that is kept, on text", sparsity.kept),
     "reproduce-streaming": ("A stream longer than the cache", sparsity.streaming),
+    "reproduce-filter": ("Prompts of which a part goes on", sparsity.filtered),
+    "gemfilter_prefill": ("Long prompts on a GPU, whole and filtered", sparsity.prefill),
     "reproduce-selection": ("The pages that are read, on text", sparsity.selection),
     "reproduce-recall": ("What is recalled, by a model made for it", sparsity.recalled),
     "select": ("What choosing pages costs and saves, on a GPU", sparsity.select_pages),

@@ -171,8 +171,10 @@ class PromptFilter(Sparsity):
     budget: int = 1024  #: tokens that go on
     sinks: int = 1  #: of these, the first of the prompt
     recent: int = 32  #: and the last
-    layer: int = -1  #: whose queries choose; -1: two fifths of the way up
+    layer: int = -1  #: whose queries choose; -1: `depth` of the way up
     upper: float = 1.0  #: pages for the layers after it, over those for it (an engine's own part)
+
+    depth: ClassVar[float] = 0.7  #: of the layer that chooses, where none is named
 
     def split(self, groups: list[GroupSpec]) -> list[GroupSpec]:
         """See `Sparsity`: the layers that see whole prompts, and the others."""
@@ -189,7 +191,7 @@ class PromptFilter(Sparsity):
 
     def filter(self, n_layers: int) -> Filter:
         """See `Sparsity`."""
-        layer = round(0.4 * n_layers) if self.layer == -1 else self.layer
+        layer = round(self.depth * n_layers) if self.layer == -1 else self.layer
         if not 0 <= layer < n_layers:
             raise ConfigError(
                 f"sparsity {self.name!r}: layer={self.layer} is outside the model's layers, 0 to "

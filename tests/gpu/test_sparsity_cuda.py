@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from golden import test_selection
+from golden import test_prompt_filter, test_selection
+from golden.naive import naive_generate
 from golden.test_sparsity import ONE_SHOT, PROMPT, TEXT, generate, make_engine, masked_logits
 
 from kvarn.core.request import Request, SamplingParams
@@ -59,4 +60,26 @@ def test_chosen_in_a_batch(tiny_folder: Any, rule: str) -> None:
         for out in engine.step():
             found.setdefault(out.request_id, []).extend(out.tokens)
     assert [found[f"c{i}"] for i in range(4)] == alone
+    engine.close()
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_filtered_prompts(tiny_folder: Any, own: bool, overlap: str) -> None:
+    """The choice is the CPU's, beside requests that see all; what goes on is a prompt as any."""
+    rule = test_prompt_filter.RULE
+    folder = tiny_folder("llama")
+    host = test_prompt_filter.make_engine(folder)
+    chosen = test_prompt_filter.dense_choice(host, PROMPT, 1)
+    decoder = host.executor.decoder  # type: ignore[attr-defined]
+    wanted = {
+        "r": naive_generate(decoder, host.spec, [PROMPT[at] for at in chosen], 20),
+        "d": naive_generate(decoder, host.spec, PROMPT[5:90], 20),
+    }
+    engine = test_prompt_filter.make_engine(
+        folder, device="cuda", overlap=overlap, budget=48, **({"sparsity": rule} if own else {})
+    )
+    test_prompt_filter.add(engine, "d", PROMPT[5:90], sparsity="none")
+    test_prompt_filter.add(engine, "r", PROMPT, sparsity=rule)
+    assert test_prompt_filter.run(engine) == wanted
     engine.close()

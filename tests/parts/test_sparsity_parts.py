@@ -12,7 +12,7 @@ from kvarn.sparse.part import Selector
 
 PARTS = sorted(name for kind, name in known() if kind == "sparsity")
 #: the tiny model has no more layers; a prompt's last tokens go on beside its first
-MORE = {"pyramid": ",steps=3", "gemfilter": ",recent=8"}
+MORE = {"pyramid": ",steps=3", "gemfilter": ",recent=8,layer=1"}
 SELECTORS = [name for name in PARTS if issubclass(find("sparsity", name), Selector)]
 SYSTEM = [(5 * i * i + i) % 97 for i in range(40)]
 PROMPTS = [SYSTEM + [(11 * i * j + 3 * j) % 97 for j in range(10 + 17 * i)] for i in range(1, 6)]
