@@ -155,7 +155,7 @@ class Instance:
             else []
             for span in run.plan.spans
         ]
-        extras = self._choices(run.plan) if run.plan.partial else {}
+        extras = choices(self.control, run.plan) if run.plan.partial else {}
         result = StepResult(run.plan.step, tokens, extras, (now - run.start) / NS)
         progress = self.control.apply(run.plan, result, now / NS)
         self.watcher.committed(self, [one.seq for one in progress if one.tokens], run.ends)
@@ -175,16 +175,6 @@ class Instance:
         context = self.control.context
         spans = [(context(s), s.length, s.wants_logits, s.layers) for s in plan.spans]
         return partway(self.cost, spans, sum(len(g.layers) for g in self.control.kv.groups))
-
-    def _choices(self, plan: StepPlan) -> dict[int, SpanResult]:
-        """What goes on of prompts that are through: as many tokens as an engine would choose."""
-        found = {}
-        for i, span in enumerate(plan.spans):
-            seq = self.control.seqs.get(span.seq)
-            rule = None if seq is None or not span.layers else seq.filter
-            if seq is not None and rule is not None and span.start + span.length == seq.prompt_len:
-                found[i] = SpanResult(choice=Choice(rule.spread(seq.prompt_len)))
-        return found
 
     def _plan_ahead(self, run: _Run) -> None:
         """What the overlapped loop decided when `run` began, if that is not done yet."""
@@ -239,6 +229,17 @@ class Instance:
             now = run.take(cost.step(StepShape((), n, at, far, n)), now, steps)
             done += steps
         return run
+
+
+def choices(control: ControlPlane, plan: StepPlan) -> dict[int, SpanResult]:
+    """What goes on of prompts that are through: as many tokens as an engine would choose."""
+    found = {}
+    for i, span in enumerate(plan.spans):
+        seq = control.seqs.get(span.seq)
+        rule = None if seq is None or not span.layers else seq.filter
+        if seq is not None and rule is not None and span.start + span.length == seq.prompt_len:
+            found[i] = SpanResult(choice=Choice(rule.spread(seq.prompt_len)))
+    return found
 
 
 #: decode steps priced ahead: an arrival throws the rest away, so pricing more does not pay

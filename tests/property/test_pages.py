@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvarn.core.keep import ENDLESS, Keep
+from kvarn.core.keep import ENDLESS, Filter, Keep
 from kvarn.core.model import GroupSpec
 from kvarn.core.part import find
 from kvarn.core.plan import StepPlan, StepResult
@@ -16,6 +16,7 @@ from kvarn.core.request import Request, SamplingParams
 from kvarn.kv.manager import KVManager
 from kvarn.schedule.continuous import Continuous
 from kvarn.schedule.control import Capacity, ControlPlane
+from kvarn.sim.instance import choices
 
 PAGE = 4
 SYSTEM_PROMPTS = [[1] * 20, [1] * 12 + [2] * 20, [3] * 40, []]
@@ -30,6 +31,8 @@ KEEPS = {
     "streamed": Keep(14, 9, streamed=True),
     "turning": Keep(16, 7, turns=True),
 }
+#: likewise: the first group's layer chooses, or the last one's
+FILTERS = {"filtered": Filter(1, 12, 1, 4), "by the last": Filter(9, 9, 0, 1)}
 
 
 def make_control(
@@ -42,18 +45,23 @@ def make_control(
     kv = KVManager(groups, [pages] * len(groups), PAGE, index)  # type: ignore[arg-type]
 
     def keeps(request: Request) -> tuple[Keep, ...]:
-        if request.sparsity is None or any(windows):
+        if request.sparsity not in KEEPS or any(windows):
             return ()
         keep = KEEPS[request.sparsity]  # of the first group; the others have smaller budgets
         return tuple(replace(keep, budget=keep.budget - i, recent=3) for i in range(len(groups)))
 
-    return ControlPlane(Continuous(), kv, Capacity(32, 8, 160, 10_000), keeps)
+    def filters(request: Request) -> Filter | None:
+        rule = FILTERS.get(request.sparsity or "")
+        return rule if rule is not None and len(request.prompt) > rule.budget else None
+
+    limits = Capacity(32, 8, 160, 10_000)
+    return ControlPlane(Continuous(), kv, limits, keeps, filters=filters)
 
 
-def fake_result(plan: StepPlan, chance: random.Random) -> StepResult:
+def fake_result(control: ControlPlane, plan: StepPlan, chance: random.Random) -> StepResult:
     """What a model would give: one token for each span that wants one."""
     tokens = [[chance.randint(5, 9)] if span.wants_logits else [] for span in plan.spans]
-    return StepResult(plan.step, tokens)
+    return StepResult(plan.step, tokens, choices(control, plan))
 
 
 def writable(control: ControlPlane, page: int) -> bool:
@@ -83,7 +91,7 @@ class Pages(RuleBasedStateMachine):
         outputs=st.integers(1, 60),
         n=st.sampled_from([1, 1, 2, 4]),
         priority=st.integers(0, 1),
-        keep=st.sampled_from([None, None, *KEEPS]),
+        keep=st.sampled_from([None, None, *KEEPS, *FILTERS]),
     )
     def add(
         self, system: list[int], own: list[int], outputs: int, n: int, priority: int,
@@ -102,7 +110,7 @@ class Pages(RuleBasedStateMachine):
             plan = self.control.plan(self.now)
             assert plan.n_tokens <= 32
             if self.in_flight is not None:
-                result = fake_result(self.in_flight, self.chance)
+                result = fake_result(self.control, self.in_flight, self.chance)
                 self.control.apply(self.in_flight, result, self.now)
             self.in_flight = plan
 
@@ -176,7 +184,7 @@ def test_ten_thousand_operations(prefix: str, windows: tuple[int | None, ...]) -
             operations += 1
             prompt = chance.choice(SYSTEM_PROMPTS) + [chance.randint(5, 9)] * chance.randint(1, 30)
             sampling = SamplingParams(max_tokens=chance.randint(1, 50), n=chance.choice([1, 1, 3]))
-            keep = chance.choice([None, *KEEPS])
+            keep = chance.choice([None, *KEEPS, *FILTERS])
             priority = chance.choice([0, 1])
             control.add(Request(f"r{added}", prompt, sampling, priority, now, sparsity=keep))
         if chance.random() < 0.03 and added:
@@ -184,7 +192,7 @@ def test_ten_thousand_operations(prefix: str, windows: tuple[int | None, ...]) -
             control.abort(f"r{chance.randint(1, added)}", now)
         plan = control.plan(now)
         if in_flight is not None:
-            control.apply(in_flight, fake_result(in_flight, chance), now)
+            control.apply(in_flight, fake_result(control, in_flight, chance), now)
         in_flight = plan
         if operations % 500 < 2:
             assert control.check_integrity() == []
