@@ -56,6 +56,12 @@ class Seq:
         return len(self.request.prompt) if self.chosen is None else len(self.chosen)
 
     @property
+    def salt(self) -> str:
+        """What tells its cached pages apart: those that hold the first layers only, too."""
+        salt = self.request.cache_salt
+        return salt if self.filter is None else f"{salt}\0{self.filter.layers}"
+
+    @property
     def n_output(self) -> int:
         """Tokens generated and committed."""
         return len(self.tokens) - self.prompt_len

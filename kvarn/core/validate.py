@@ -56,6 +56,8 @@ def validate(request: Request, limits: Limits) -> None:
     _integer("priority", request.priority, -INT64, INT64 - 1)
     _token_ids("prompt", request.prompt, limits.vocab)
     _check_slo(request)
+    if "\0" in request.cache_salt:
+        _refuse("cache_salt", "cache_salt must not contain the character U+0000")
     if request.pooling is not None:
         _check_pooling(request)
         _check_length(len(request.prompt), 0, limits)

@@ -69,10 +69,8 @@ class KVManager:
         sampling = seq.request.sampling
         if self.index is None or sampling.prompt_logprobs is not None or seq.request.pooling:
             return None  # those need the hidden state of every position
-        if seq.filter is not None:
-            return None  # what its pages hold, they hold of the first layers only
         limit = min(len(seq.tokens) - 1, self._cached(seq)) // self.page_size
-        return self.index.match(seq.tokens, seq.request.cache_salt, limit)
+        return self.index.match(seq.tokens, seq.salt, limit)
 
     def fits(self, seq: Seq, match: Match | None, spare: int, chunk: int) -> bool:
         """Whether the known tokens of a waiting `seq` fit, leaving `spare` pages of each group.
@@ -81,7 +79,7 @@ class KVManager:
         """
         size = self.page_size
         for group, spec in enumerate(self.groups):
-            cached = self._useful(match, group) if match else []
+            cached = self._useful(match, group) if match and self._sees(seq, group) else []
             slots = self._slots(seq, group, len(seq.tokens))
             positions = slots - (match.length if match else 0) * size
             if spec.window is not None:
@@ -99,10 +97,10 @@ class KVManager:
         seq.spare = [[] for _ in self.groups] if seq.keep else []
         if match is None:
             seq.tables = [[] for _ in self.groups]
-            if self.index is None or seq.filter is not None:
+            if self.index is None:
                 seq.published = _NEVER
-            if self.index is not None:
-                empty = self.index.match([], seq.request.cache_salt, 0)
+            else:
+                empty = self.index.match([], seq.salt, 0)
                 seq.cursor = self.index.take(empty, now)
         else:
             assert self.index is not None
@@ -111,6 +109,9 @@ class KVManager:
             seq.computed = match.length * self.page_size
             seq.tables = []
             for group, pages in enumerate(match.pages):
+                if not self._sees(seq, group):
+                    seq.tables.append([])
+                    continue
                 useful = self._useful(match, group)
                 seq.tables.append([NO_PAGE] * (len(pages) - len(useful)) + useful)
                 for page in useful:
@@ -167,7 +168,7 @@ class KVManager:
         seq.published = _NEVER
         if self.index is not None:
             self.index.unpin(seq.cursor, now)
-            empty = self.index.match([], seq.request.cache_salt, 0)
+            empty = self.index.match([], seq.salt, 0)
             seq.cursor = self.index.take(empty, now)
 
     def _capacity(self, seq: Seq) -> int:
@@ -279,7 +280,8 @@ class KVManager:
         if index is None or whole <= seq.published:
             return
         start = seq.published
-        pages = [table[start:whole] for table in seq.tables]
+        nothing = [NO_PAGE] * (whole - start)
+        pages = [table[start:whole] or list(nothing) for table in seq.tables]
         node = index.insert(seq.cursor, seq.tokens[start * size : whole * size], pages, now)
         if node is None:  # somebody computed the same content; ours stays our own
             seq.published = _NEVER
@@ -362,9 +364,11 @@ class KVManager:
         """Turn at least `count` idle pages of `group` into free ones."""
         assert self.index is not None
         if self.groups[group].window is None:
-            for other, pages in enumerate(self.index.evict(count, now)):
-                for page in pages:
-                    self._unindex(other, page)
+            least = len(self.free[group]) + count
+            while len(self.free[group]) < least:  # some hold pages of other groups only
+                for other, pages in enumerate(self.index.evict(least - len(self.free[group]), now)):
+                    for page in pages:
+                        self._unindex(other, page)
         else:  # a window's pages are useful one by one: the longest idle go first
             for page in [p for p, _ in zip(self._idle[group], range(count))]:
                 self.index.forget(group, page)

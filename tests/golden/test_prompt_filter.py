@@ -152,6 +152,31 @@ def test_pages_of_the_first_layers_only(tiny_folder: Any) -> None:
     assert max(first for first, upper in held if upper) == 15
 
 
+@pytest.mark.parametrize("prefix", ["hash", "radix"])
+@pytest.mark.parametrize("own", [True, False])
+def test_a_second_question_finds_the_document(tiny_folder: Any, prefix: str, own: bool) -> None:
+    """Pages of pass 1 serve requests that filter by the same layer, and nobody else."""
+    folder, options = tiny_folder("llama"), {"sparsity": RULE} if own else {}
+    other = [*PROMPT[:120], 5, 3, 8, 1, 2, 7, 7, 4, 6]
+    wanted = {}
+    for rule in (RULE, RULE.replace("layer=1", "layer=0"), "none"):
+        engine = make_engine(folder, prefix="none", **options)
+        add(engine, rule, other, sparsity=rule)
+        wanted |= run(engine)
+    engine = make_engine(folder, prefix=prefix, pages=300, **options)
+    add(engine, "first", PROMPT, sparsity=RULE)
+    run(engine)
+    found, cached = {}, []
+    for rule in (*wanted, *wanted):
+        add(engine, rule, other, sparsity=rule)
+        seq = engine.control.queues.waiting[0]
+        found |= run(engine)
+        cached.append(seq.cached)
+    assert found == wanted
+    assert cached[:2] == [120, 0] and cached[3] == 128
+    assert cached[2] <= 40, "what went on may be a prefix, what was filtered is none"
+
+
 @pytest.mark.parametrize("overlap", ["on", "off"])
 def test_replay(tiny_folder: Any, tmp_path: Path, overlap: str) -> None:
     """Also with an abort in each pass; the log says what went on and what scores lacked."""
