@@ -42,7 +42,7 @@ class GemFilter(PromptFilter):
 
     def score(self, q: "Tensor", k: "Tensor") -> "Tensor":
         """See `PromptFilter`. Query heads of a KV head are added up before they meet its keys."""
-        folded = q.float().view(k.shape[1], -1, q.shape[1]).sum(1)
+        folded = q.float().reshape(k.shape[1], -1, q.shape[1]).sum(1)
         scores = k.flatten(1).float() @ folded.flatten()
         padded = scores.new_zeros(len(scores) + NEIGHBOURS - 1)
         padded[NEIGHBOURS // 2 : NEIGHBOURS // 2 + len(scores)] = scores
