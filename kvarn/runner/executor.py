@@ -1,7 +1,7 @@
 """`Runner`: executes plans on a model. prepare, forward, sample; there is no second path."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from kvarn.core.errors import ConfigError
 from kvarn.core.model import GroupSpec, ModelSpec
 from kvarn.core.plan import SeqStart, StepPlan, StepResult
-from kvarn.kernels.attention import AttentionBackend, PagedRows
+from kvarn.kernels.attention import AttentionBackend, Ints, PagedRows
 from kvarn.kernels.attention.paged import PagedAttend
 from kvarn.kernels.attention.tree import Forest, TreePlan
 from kvarn.kernels.upload import upload
@@ -107,6 +107,8 @@ class Runner:
         self.trees = not deterministic and all(group.window is None for group in groups)
         #: most likely tokens that the result keeps of each judged position; 0: nobody asks
         self.alternatives = 0
+        #: sees the image rows [R] that choose a token and their final hidden states [R, hidden]
+        self.watcher: Callable[[Ints, Tensor], None] | None = None
         self.tap: Tap | None = None  #: sees every named point when set (eager research use)
         self._group_of = {layer: g for g, group in enumerate(groups) for layer in group.layers}
         self._flying: InFlight | None = None  # the step handed over last
@@ -249,6 +251,9 @@ class Runner:
             entries = self.state.entries(self.image)
             filtered = self.sampler.filtered(rows)
             found = self.graphs.run(batch, entries, arrays if plain else None, filtered, choice)
+            if self.watcher is not None:
+                assert self.graphs.hidden is not None
+                self.watcher(rows, self.graphs.hidden)
             if plain:
                 step.fetch(found)
             else:
@@ -265,6 +270,8 @@ class Runner:
         if len(batch.logits_at):
             if len(batch.logits_at) < len(hidden):
                 hidden = hidden[upload([batch.logits_at], torch.int64, hidden.device)[0]]
+            if self.watcher is not None:
+                self.watcher(batch.rows[batch.logits_spans], hidden)
             self._choose(batch, self.decoder.logits(hidden, self.tap), step)
 
     def _forward(

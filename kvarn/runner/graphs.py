@@ -98,6 +98,7 @@ class Graph:
     plans: list[GraphPlan]
     inputs: Inputs
     choice: Choice | None = None  #: the plans behind those of the groups are its own
+    hidden: Tensor | None = None  #: [size, hidden] final ones, of the last replay
 
 
 @dataclass(slots=True)
@@ -112,6 +113,7 @@ class Graphs:
     sizes: list[int]
     capture: Capture
     found: dict[Any, Graph] = field(default_factory=dict)
+    hidden: Tensor | None = None  #: [R, hidden] of the last step; the next one overwrites it
 
     def take(self, n_rows: int) -> bool:
         """Whether a step of so many rows can be replayed."""
@@ -143,7 +145,10 @@ class Graphs:
             graph = self.found[key] = self._capture(size, kind, batch, choice)
         self._fill(graph, size, batch, choice, entries, sampling or {})
         graph.inputs.send()
-        return graph.replay()[: len(batch.rows)]
+        found = graph.replay()[: len(batch.rows)]
+        assert graph.hidden is not None
+        self.hidden = graph.hidden[: len(batch.rows)]
+        return found
 
     def _attention_key(self, rows: PagedRows) -> tuple[Any, ...]:
         spec = self.decoder.spec
@@ -230,7 +235,7 @@ class Graphs:
         if graph.choice is not None:
             _choosing(plans, graph, graph.choice, group_of)
         attend = PagedAttend(plans, self.pool.cache, takes_projection=True)
-        hidden = self.decoder.forward(tokens, inputs["position"], attend)
+        hidden = graph.hidden = self.decoder.forward(tokens, inputs["position"], attend)
         logits = self.decoder.logits(hidden)
         if kind == "logits":
             return logits

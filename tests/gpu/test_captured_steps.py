@@ -112,3 +112,24 @@ def test_shared_prefixes(tiny_folder: Any) -> None:
         for output in engine.step():
             tokens.setdefault((output.request_id, output.index), []).extend(output.tokens)
     assert tokens == wanted
+
+
+def test_a_watcher_sees_the_hidden_states_of_captured_steps(tiny_folder: Any) -> None:
+    """As it sees those of steps that are not captured."""
+    sampling = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+    requests = [Request(f"r{i}", [3 + i, 4, 5], sampling) for i in range(3)]
+    found = []
+    replaying, capture = captured(tiny_folder("llama"))
+    for engine in (replaying, make_engine(tiny_folder("llama"))):
+        seen: list[tuple[list[int], Tensor]] = []
+
+        def watch(rows: Any, hidden: Tensor, seen: Any = seen) -> None:
+            seen.append((rows.tolist(), hidden.detach().cpu().clone()))
+
+        engine.executor.watcher = watch
+        run(engine, requests, seed=1)
+        found.append(seen)
+    assert capture.replays > 5
+    assert [rows for rows, _ in found[0]] == [rows for rows, _ in found[1]]
+    for (_, mine), (_, theirs) in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-4, rtol=2e-4)
