@@ -129,6 +129,8 @@ def test_filtered_prompts_cost_a_share_of_the_layers(tmp_path, trace):
     full = sim(tmp_path, *words)
     some = sim(tmp_path, *words, "--sparsity", "gemfilter:budget=512,layer=3")
     every = sim(tmp_path, *words, "--sparsity", "gemfilter:budget=512,layer=31")
+    ahead = sim(tmp_path, *words, "--sparsity", "gemfilter:budget=512,layer=3", "--overlap", "on")
+    assert ahead["total_output_tokens"] == full["total_output_tokens"]
     assert some["completed"] == every["completed"] == 40
     assert some["total_output_tokens"] == full["total_output_tokens"]
     assert some["total_input_tokens"] == full["total_input_tokens"]
