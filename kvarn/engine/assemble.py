@@ -30,7 +30,7 @@ from kvarn.runner.warm import decode_step
 from kvarn.schedule.build import build_control
 from kvarn.schedule.control import Capacity, ControlPlane
 from kvarn.sparse.rules import Rules, split
-from kvarn.speculate.build import NEED_DRAFTER, build_speculation
+from kvarn.speculate.build import NEED_DRAFTER, NEED_TREES, build_speculation, suffix_trees
 from kvarn.speculate.speculation import Speculation
 
 if TYPE_CHECKING:
@@ -89,10 +89,12 @@ class Assembly:
     def _execution(self, config: EngineConfig) -> list[dict[str, str]]:
         """How a step runs here, and why not faster."""
         decoder = self.model.decoder
+        drafts = [suffix_trees()] if config.speculate in NEED_TREES else []
         if self.model.device.type == "cuda":
             replayed = config.graphs == "on"
             how = "replayed from captured graphs" if replayed else "launched kernel by kernel"
-            return [{"what": "decode steps", "how": how, "why": f"graphs={config.graphs}"}]
+            steps = {"what": "decode steps", "how": how, "why": f"graphs={config.graphs}"}
+            return [steps, *drafts]
         whole = decoder.obstacle is None
         return [
             {
@@ -105,6 +107,7 @@ class Assembly:
                 "how": "compiled" if native.available() else "torch",
                 "why": native.reason(),
             },
+            *drafts,
         ]
 
 

@@ -6,9 +6,14 @@ from typing import Any, cast
 from kvarn.core.config import EngineConfig
 from kvarn.core.part import find
 from kvarn.speculate.part import LengthControl, Proposer
+from kvarn.speculate.propose import native_tree
+from kvarn.speculate.propose.native_tree import NativeTree
+from kvarn.speculate.propose.suffix_tree import SuffixTree
 from kvarn.speculate.speculation import Speculation
 
 NEED_DRAFTER = ("draft", "mix")  #: proposers that take a drafting model
+
+NEED_TREES = ("suffix", "mix")  #: proposers that keep suffix trees
 
 
 def build_speculation(config: EngineConfig, drafter: Proposer | None) -> Speculation:
@@ -22,11 +27,18 @@ def build_speculation(config: EngineConfig, drafter: Proposer | None) -> Specula
     )
 
 
+def suffix_trees() -> dict[str, str]:
+    """For `explain`: which form of the suffix tree is in force, and why."""
+    how = "compiled" if native_tree.available() else "in Python"
+    return {"what": "suffix trees", "how": how, "why": native_tree.reason()}
+
+
 def _proposer(config: EngineConfig, drafter: Proposer | None) -> Proposer:
     part: Any = find("proposer", config.speculate)
     if config.speculate == "synthetic":
         return cast(Proposer, part(config.synthetic_acceptance))
-    if config.speculate == "mix":
+    if config.speculate in NEED_TREES:
         suffix: Any = find("proposer", "suffix")
-        return cast(Proposer, part(suffix(), drafter))
+        free = suffix(tree=NativeTree if native_tree.available() else SuffixTree)
+        return cast(Proposer, part(free, drafter) if config.speculate == "mix" else free)
     return drafter if drafter is not None else cast(Proposer, part())

@@ -13,6 +13,8 @@ LEFT = """
     left = ["core", "cost", "theory", "workload", "schedule", "kv/prefix", "kv/evict",
             "cluster/router", "sim", "speculate/length"]
     names = ["kvarn.kv.manager", "kvarn.kv.sizing", "kvarn.cluster.fleet", "kvarn.cluster.routing"]
+    drafts = ("mix", "native_tree", "ngram", "suffix")
+    names += [f"kvarn.speculate.propose.{name}" for name in drafts]
     for folder in left:
         for file in sorted((root / folder).glob("*.py")):
             module = "kvarn." + folder.replace("/", ".")

@@ -6,8 +6,9 @@ tenant's requests said. The oldest outputs leave the tenants' trees when these a
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from kvarn.core.errors import ConfigError
 from kvarn.core.part import Part
@@ -17,13 +18,35 @@ from kvarn.speculate.part import Ask, LengthControl, Verified
 from kvarn.speculate.propose.suffix_tree import Drafting, Found, SuffixTree
 
 
+class Tree(Protocol):
+    """A counted suffix tree: `suffix_tree.SuffixTree`, or its compiled form."""
+
+    tokens: int  #: of the sequences in it
+
+    def extend(self, key: int, tokens: Sequence[int]) -> None:
+        """Append tokens to the sequence `key`; a new one begins at its first call."""
+        ...
+
+    def close(self, key: int) -> None:
+        """Nothing more will be appended to this sequence."""
+        ...
+
+    def remove(self, key: int) -> None:
+        """Take a sequence out."""
+        ...
+
+    def speculate(self, context: Sequence[int], how: Drafting) -> Found:
+        """The best draft after this context."""
+        ...
+
+
 @dataclass(slots=True)
 class _Request:
     """One sequence in both of its trees."""
 
     key: int  #: in its tenant's tree
     tenant: str
-    local: SuffixTree
+    local: Tree
     read: int = 0  #: tokens in the local tree
     output: int = 0  #: tokens in the tenant's tree
     evicted: bool = False  #: the tenant's tree no longer takes it
@@ -33,7 +56,7 @@ class _Request:
 class _Outputs:
     """The tenants' trees, and their sequences by age."""
 
-    trees: dict[str, SuffixTree] = field(default_factory=dict)
+    trees: dict[str, Tree] = field(default_factory=dict)
     ages: deque[_Request] = field(default_factory=deque)
     tokens: int = 0
 
@@ -53,10 +76,12 @@ class Suffix(Part):
         depth: int = 64,
         max_tokens: int = 200_000,
         catch_up: int = 512,
+        tree: Callable[[int], Tree] = SuffixTree,
     ) -> None:
         """`max_tokens`: in all tenants' trees; `catch_up`: tokens read a round for a sequence.
 
         A sequence is drafted for from its own tree once that has caught up with its prompt.
+        `tree` makes a tree of a depth.
         """
         if max_tokens < 1 or catch_up < 1:
             raise ConfigError(
@@ -64,6 +89,7 @@ class Suffix(Part):
             )
         self.how, self.depth = how or Drafting(), depth
         self.max_tokens, self.catch_up = max_tokens, catch_up
+        self._tree = tree
         self._outputs = _Outputs()
         self._requests: dict[SeqId, _Request] = {}
         self._keys = 0
@@ -114,7 +140,7 @@ class Suffix(Part):
         request = self._requests.get(seq.id)
         if request is None:
             self._keys += 1
-            request = _Request(self._keys, seq.request.cache_salt, SuffixTree(self.depth))
+            request = _Request(self._keys, seq.request.cache_salt, self._tree(self.depth))
             self._requests[seq.id] = request
         return request
 
@@ -134,7 +160,9 @@ class Suffix(Part):
         outputs = self._outputs
         if not request.output:
             outputs.ages.append(request)
-        outputs.trees.setdefault(request.tenant, SuffixTree(self.depth)).extend(request.key, new)
+        if request.tenant not in outputs.trees:
+            outputs.trees[request.tenant] = self._tree(self.depth)
+        outputs.trees[request.tenant].extend(request.key, new)
         request.output += len(new)
         outputs.tokens += len(new)
         while outputs.tokens > self.max_tokens:

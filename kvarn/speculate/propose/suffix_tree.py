@@ -121,7 +121,7 @@ class SuffixTree:
         text = self._texts.get(key)
         if text is None:
             text = self._texts[key] = _Text([], [self._root])
-        elif text.tokens and not text.ends:
+        elif not text.ends:
             raise ValueError(f"sequence {key} of the suffix tree is closed")
         for token in tokens:
             at = len(text.tokens)
