@@ -1,4 +1,6 @@
-"""Turn the results in benchmarks/results into docs/results.md. No number is typed in by hand.
+"""Turn the results in benchmarks/results into docs/results.md, and what `kvarn parts` shows.
+
+No number is typed in by hand.
 
 python benchmarks/table.py
 """
@@ -9,6 +11,8 @@ from typing import Any
 
 import engine_sections as engine
 import gpu_sections as gpu
+import part_results
+import proposer_sections as proposing
 import sim_sections as sim
 import sparsity_sections as sparsity
 import speculation_sections as speculation
@@ -35,6 +39,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "drafter": ("The drafter of SmolLM2", speculation.drafter),
     "reproduce": ("Speculation on real text", speculation.reproduce),
     "reproduce-lengths": ("Lengths of drafts on modelled machines", speculation.lengths),
+    "proposers": ("Drafts without a model", proposing.proposers),
     "online_spec": ("A drafter that learns", speculation.online_spec),
     "reproduce-kept": ("The KV that is kept, on text", sparsity.kept),
     "reproduce-streaming": ("A stream longer than the cache", sparsity.streaming),
@@ -76,6 +81,7 @@ def main() -> None:
     results = {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(results))
+    part_results.write(results)
     print(f"{PAGE.relative_to(ROOT)}: {len(results)} results")
 
 

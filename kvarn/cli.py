@@ -211,9 +211,12 @@ def _explain() -> Any:
 def _parts(as_json: AsJSON = False) -> int:
     """List every technique that can be switched on, and what it needs and gives."""
     from kvarn import cli_explain as command
+    from kvarn.bench.part_results import results
     from kvarn.core.part import describe
 
-    command.print_parts(describe(), as_json)
+    found = results()
+    rows = [row | {"result": found.get((row["kind"], row["name"]))} for row in describe()]
+    command.print_parts(rows, as_json)
     return 0
 
 

@@ -32,8 +32,7 @@ def print_parts(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows))
     else:
-        shown = [{k: v for k, v in row.items() if k != "result"} for row in rows]
-        _rows(_console(), "Parts", shown)
+        _rows(_console(), "Parts", rows)
 
 
 def _console() -> Console:

@@ -127,7 +127,6 @@ def describe() -> list[dict[str, Any]]:
                 "needs": sorted(cap.name for cap in part.needs),
                 "gives": sorted(cap.name for cap in part.gives),
                 "regime": part.regime,
-                "result": None,
             }
         )
     return rows

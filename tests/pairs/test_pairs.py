@@ -3,6 +3,7 @@
 The mode is batch-invariant, so logprobs are compared to the bit, not to a tolerance.
 """
 
+from dataclasses import fields
 from itertools import combinations
 from typing import Any
 
@@ -22,7 +23,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lfu eviction": {"evict": "lfu"},
     "n-gram drafts": {"speculate": "ngram", "draft_length": "fixed", "draft_tokens": 3},
     "suffix drafts": {"speculate": "suffix", "draft_length": "gammatune"},
+    "drafting model": {"speculate": "draft", "draft_length": "fixed", "draft_tokens": 2},
 }
+SHARED = {"pages", "draft_length", "draft_tokens"}  #: options that two settings may both name
 
 KINDS: dict[str, SamplingParams] = {
     "greedy": SamplingParams(temperature=0.0, max_tokens=12),
@@ -42,8 +45,20 @@ KINDS: dict[str, SamplingParams] = {
 }  # fmt: skip
 
 
+def said(sampling: SamplingParams) -> dict[str, Any]:
+    """What a kind of request asks for beside the defaults."""
+    usual = {field.name: getattr(SamplingParams(), field.name) for field in fields(SamplingParams)}
+    return {
+        name: getattr(sampling, name)
+        for name, value in usual.items()
+        if getattr(sampling, name) != value
+    }
+
+
 def outcome(folder: str, options: dict[str, Any]) -> dict[tuple[str, int], Any]:
     """Tokens, logprobs and end of every sequence; two prompts of each kind share a prefix."""
+    if options.get("speculate") == "draft":
+        options["draft_model"] = folder
     engine = make_engine(folder, deterministic=True, **options)
     for name, sampling in KINDS.items():
         for which in range(2):
