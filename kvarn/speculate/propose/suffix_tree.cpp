@@ -107,14 +107,21 @@ public:
     Found speculate(const int32_t* context, int64_t n, const Drafting& how) {
         int64_t length = std::min(n, depth_);
         const int32_t* end = context + n;
-        Found best;
+        std::vector<std::pair<double, int64_t>> lengths;  // room for tokens, and match
         for (int64_t matched = longest(end, length); matched > 0; --matched) {
             double most = std::min(how.cap, std::floor(how.factor * double(matched) + how.offset));
-            if (most <= best.score) continue;
+            lengths.emplace_back(how.tree ? most : std::min(most, double(depth_ - matched)), matched);
+        }
+        std::sort(lengths.rbegin(), lengths.rend());
+        Found best;
+        for (auto [most, matched] : lengths) {
+            if (most < 1) break;
+            if (std::make_pair(most, matched) <= std::make_pair(best.score, best.matched)) continue;
             auto [node, along] = walk(end - matched, matched);
             Found found = how.tree ? branches(node, along, most, how.min_prob)
                                    : follow(node, along, most, how.min_prob);
-            if (found.score > best.score) {
+            if (!found.tokens.empty() && std::make_pair(found.score, matched) >
+                                             std::make_pair(best.score, best.matched)) {
                 best = std::move(found);
                 best.matched = matched;
             }

@@ -148,18 +148,27 @@ class SuffixTree:
         return found[0].count if found else 0
 
     def speculate(self, context: Sequence[int], how: Drafting) -> Found:
-        """The best draft over all lengths of match with the end of `context`; ties: the longest."""
+        """The best draft over all lengths of match with the end of `context`; ties: the longest.
+
+        Lengths with room for long drafts come first: a score is at most the number of tokens, and
+        a chain ends where the tree does.
+        """
+
+        def room(matched: int) -> int:
+            most = how.most(matched)
+            return most if how.tree else min(most, self.depth - matched)
+
         tail = list(context[-self.depth :])
         best = Found()
-        for matched in range(self._longest(tail), 0, -1):
-            most = how.most(matched)
-            if most <= best.score:  # a score is at most the number of tokens
+        for matched in sorted(range(self._longest(tail), 0, -1), key=room, reverse=True):
+            most = room(matched)
+            if most < 1 or (most, matched) <= (best.score, best.matched):
                 continue
             place = self._walk(tail[len(tail) - matched :])
             assert place is not None
             grow = _branches if how.tree else _chain
             found = grow(*place, most, how.min_prob)
-            if found.score > best.score:
+            if found.tokens and (found.score, matched) > (best.score, best.matched):
                 best = found
                 best.matched = matched
         return best
