@@ -3,9 +3,10 @@
     python benchmarks/train_drafter.py corpus WORK    # the target writes; about 25 minutes
     python benchmarks/train_drafter.py train WORK     # distil; about 10 minutes
     python benchmarks/train_drafter.py measure WORK   # acceptance on topics never trained on
+    python benchmarks/train_drafter.py head WORK      # its acceptance head; about 5 minutes
 
 `WORK` is a folder for text; times are of two CPU cores. The drafter goes to `--folder`, by default
-the one that kvarn ships, and the measurement to `--json`.
+the one that kvarn ships, and measurements to `--json`.
 """
 
 import argparse
@@ -16,19 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.optimize import isotonic_regression
 
 from kvarn.bench import record
 from kvarn.core.config import resolve
 from kvarn.models.gguf import GGUFWeights, spec_from_gguf
 from kvarn.models.load import load, locate
 from kvarn.speculate.train import corpus
+from kvarn.speculate.train import head as head_
 from kvarn.speculate.train.acceptance import measure
 from kvarn.speculate.train.drafter import Schedule, Trained, train
-from kvarn.speculate.train.load import load_drafter
+from kvarn.speculate.train.load import load_drafter, load_network
 from kvarn.speculate.train.network import from_target, save
 
 TARGET = "smollm2-135m"
 ROOT = Path(__file__).resolve().parent.parent
+LESSON = ("confidence", "accepted", "hidden")  #: fields
 #: held-out text by name -> temperature it is written at
 HELD_OUT = {"greedy": 0.0, "sampled": 1.0}
 
@@ -125,13 +129,65 @@ def measure_drafter(args: argparse.Namespace) -> None:
     record.write(result, args.json)
 
 
+def train_head(args: argparse.Namespace) -> None:
+    """The acceptance head of the drafter, and what it knows of topics never trained on."""
+    target = load(resolve({"model": TARGET}))
+    network, began = load_network(args.folder, target), time.perf_counter()
+    samples = corpus.read(args.work / "train")[: args.texts]
+    taught = head_.lessons(network, samples, seed=0)
+    print(f"{len(taught)} lessons, {time.perf_counter() - began:.0f} s", flush=True)
+    found = head_.train_head(taught, weight=args.weight)
+    seconds = time.perf_counter() - began
+    asked = {name: corpus.read(args.work / name) for name in HELD_OUT}
+    seen = {
+        name: _judged(network, found, samples, greedy=HELD_OUT[name] == 0)
+        for name, samples in asked.items()
+    }
+    for name, row in seen.items():
+        print(name, row)
+    about = {
+        "texts": len(samples), "drafts": sum(len(one.accepted) for one in taught),
+        "weight_of_rejections": args.weight, "seconds": round(seconds, 1),
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    head_.save_head(found, args.folder, about)
+    header = record.header("acceptance_head", about, {"target": TARGET})
+    record.write(header | {"results": seen}, args.json)
+
+
+def _judged(
+    network: Any, head: head_.AcceptanceHead, samples: list[corpus.Sample], greedy: bool
+) -> dict[str, float]:
+    """The head beside the drafter's own probability, calibrated on one half, on the other half."""
+    generator = torch.Generator().manual_seed(1)
+    seen = [head_.lesson(network, one, greedy, generator) for one in samples]
+    (fit_q, fit_a, _), (q, accepted, hidden) = (
+        tuple(torch.cat([getattr(one, name) for one in half]) for name in LESSON)
+        for half in (seen[::2], seen[1::2])
+    )
+    order = fit_q.argsort()
+    rising = torch.from_numpy(isotonic_regression(fit_a[order].double().numpy()).x)
+    at = torch.searchsorted(fit_q[order].contiguous(), q).clamp_max(len(order) - 1)
+    said = torch.tensor(head.accepted(hidden))
+    return {
+        "drafts": len(q),
+        "acceptance": accepted.mean().item(),
+        "auc": head_.auc_of_rejection(said, accepted),
+        "auc_of_probability": head_.auc_of_rejection(q, accepted),
+        "kl_nats": head_.binary_kl(said, accepted),
+        "kl_of_probability_calibrated": head_.binary_kl(rising[at], accepted),
+    }
+
+
 def main() -> None:
     """One stage."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=("corpus", "train", "measure"))
+    parser.add_argument("stage", choices=("corpus", "train", "measure", "head"))
     parser.add_argument("work", type=Path)
     parser.add_argument("--folder", type=Path, default=ROOT / "kvarn/speculate/drafters" / TARGET)
-    parser.add_argument("--json", default=str(ROOT / "benchmarks/results/drafter_smollm2.json"))
+    parser.add_argument("--json", default=None, help="of measure and head")
+    parser.add_argument("--texts", type=int, default=3000, help="to train the head on")
+    parser.add_argument("--weight", type=float, default=1.0, help="of rejections, for the head")
     parser.add_argument("--minutes", type=float, default=24.0, help="of writing text")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 29], help="to begin from")
@@ -143,6 +199,7 @@ def main() -> None:
         "corpus": write_corpus,
         "train": train_drafter,
         "measure": measure_drafter,
+        "head": train_head,
     }
     stages[args.stage](args)
 

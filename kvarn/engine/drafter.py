@@ -19,6 +19,7 @@ from kvarn.runner.drafting import DraftSampler
 from kvarn.runner.factory import RunnerFactory
 from kvarn.sparse.rules import Rules
 from kvarn.speculate.propose.draft_model import DraftModel
+from kvarn.speculate.train.head import load_head
 from kvarn.speculate.train.load import load_drafter as load_shared
 from kvarn.speculate.train.load import shares_embedding, shipped
 
@@ -60,7 +61,10 @@ class Drafter:
         kv = KVManager(self.groups, pages, config.page_size, index)
         runner = build.runner(pages, config.max_len)
         drawn = draws if config.draft_choice == "drawn" else None
-        return DraftModel(runner, kv, config.budget, config.max_seqs, drawn)
+        head = None
+        if config.draft_length == "specdec-pp":
+            head = load_head(Path(config.draft_model), self.model.spec.hidden, device)
+        return DraftModel(runner, kv, config.budget, config.max_seqs, drawn, head)
 
 
 def _sharing(config: EngineConfig, folder: Path, target: Model) -> Drafter:

@@ -1,5 +1,6 @@
 """Every proposer and every length control, by name: the same tokens, lengths within the room."""
 
+import shutil
 from random import Random
 from typing import Any
 
@@ -11,6 +12,7 @@ from kvarn.core.request import Request
 from kvarn.core.seq import Seq
 from kvarn.speculate.costs import Measured
 from kvarn.speculate.part import Round, Verified
+from kvarn.speculate.train.head import AcceptanceHead, save_head
 
 CONTROLS = sorted(name for kind, name in known() if kind == "draft-length")
 PROPOSERS = sorted(name for kind, name in known() if kind == "proposer" and name != "synthetic")
@@ -47,13 +49,22 @@ def wanted(tiny_folder: Any) -> Any:
     return requests, expected(make_engine(tiny_folder("llama")), requests)
 
 
+@pytest.fixture(scope="module")
+def drafter_folder(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A drafting model with an acceptance head, which `specdec-pp` asks for."""
+    folder = tmp_path_factory.mktemp("drafter")
+    shutil.copytree(tiny_folder("llama"), folder, dirs_exist_ok=True)
+    save_head(AcceptanceHead(48), folder, {})
+    return str(folder)
+
+
 @pytest.mark.parametrize("control", CONTROLS)
 @pytest.mark.parametrize("proposer", PROPOSERS)
 def test_every_pair_gives_the_same_tokens(
-    tiny_folder: Any, wanted: Any, proposer: str, control: str
+    tiny_folder: Any, drafter_folder: str, wanted: Any, proposer: str, control: str
 ) -> None:
     requests, answers = wanted
-    drafter = {"draft_model": tiny_folder("llama")} if proposer in ("draft", "mix") else {}
+    drafter = {"draft_model": drafter_folder} if proposer in ("draft", "mix") else {}
     engine = make_engine(
         tiny_folder("llama"), speculate=proposer, draft_length=control, draft_tokens=5, pages=40,
         **drafter,

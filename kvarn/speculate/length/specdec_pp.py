@@ -7,8 +7,8 @@ prefixes). The paper tunes one number; here both costs are the measured ones, an
 between `LEAST` and `GREATEST`. In a batch a discarded token also costs its row of the step that
 judges it.
 
-The probability of a token is the proposer's own confidence. The paper trains a head for it; a
-proposer that has one reports that instead.
+The probability of a token is what the proposer reports. The drafting model has the paper's head for
+it (`kvarn.speculate.train.head`), whose word comes one token late: the newest counts as accepted.
 
 Regime: proposers that draft token by token and know how sure they are. Loses to a fixed length
 where confidence says nothing of acceptance; never says that drafts should not be made at all.

@@ -2,7 +2,8 @@
 
 It has a runner, pages and a prefix index of its own: whatever befalls the target's KV (preemption,
 swapping, eviction) does not touch the drafter's, which catches up by itself, in chunks of the
-step's budget. Each token's probability under it is the confidence that length controls stop by.
+step's budget. Each token's probability under it is the confidence that length controls stop by;
+with an acceptance head it is the head's word, which comes one token late: 1 for the newest.
 
 Drafts are its most likely tokens (DELTA). Where they are to be drawn and the request samples, they
 are drawn as the request's tokens are, at its temperature, top-k, top-p and min-p, and verification
@@ -25,11 +26,13 @@ from kvarn.core.part import Cap, Part
 from kvarn.core.plan import Draft, SeqId, SeqStart, Span, StepPlan
 from kvarn.core.request import SamplingParams
 from kvarn.core.seq import Seq
+from kvarn.kernels.attention import Ints
 from kvarn.kv.manager import KVManager
 from kvarn.models.decoder import Decoder
 from kvarn.runner.drafting import DraftSampler
 from kvarn.runner.executor import Runner
 from kvarn.speculate.part import Ask, LengthControl, Verified
+from kvarn.speculate.train.head import AcceptanceHead
 
 #: most likely token, with its probability
 GREEDY = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True, logprobs=0)
@@ -71,13 +74,17 @@ class DraftModel(Part):
         budget: int,
         max_seqs: int,
         draws: DraftSampler | None = None,
+        head: AcceptanceHead | None = None,
     ) -> None:
         """`budget`: positions of one forward pass; `max_seqs`: rows of the runner's image.
 
-        `draws`: the runner's sampler, where drafts are to be drawn.
+        `draws`: the runner's sampler, where drafts are to be drawn; `head`: says what is accepted.
         """
         self.runner, self.kv, self.budget, self.max_seqs = runner, kv, budget, max_seqs
-        self.draws = draws
+        self.draws, self.head = draws, head
+        if head is not None:
+            runner.watcher = self._judge
+        self._accepted: dict[int, float] = {}  # by image row: the head's word on the last token
         self._followers: dict[SeqId, _Follower] = {}
         self._gone: list[SeqId] = []  # rows that the runner must forget
         self._step = 0
@@ -222,12 +229,22 @@ class DraftModel(Part):
             if not result.tokens[i] or extra is None or not extra.logprobs:
                 drafts[span.seq].most = 0  # a fault of the drafter's logits ends the draft only
                 continue
-            one = drafts[span.seq]
+            one, row = drafts[span.seq], self.runner.image.row(span.seq)
+            if self.head is not None:
+                if one.draft.tokens:
+                    one.draft.confidence[-1] = self._accepted[row]
+                one.draft.confidence.append(1.0)
+            else:
+                one.draft.confidence.append(math.exp(extra.logprobs[0].logprob))
             one.draft.tokens.append(result.tokens[i][0])
-            one.draft.confidence.append(math.exp(extra.logprobs[0].logprob))
             if self.draws is not None:
-                q = self.draws.q.get(self.runner.image.row(span.seq))
+                q = self.draws.q.get(row)
                 one.q += [] if q is None else [q]
+
+    def _judge(self, rows: Ints, hidden: Tensor) -> None:
+        """What the head says of the tokens that a pass has consumed."""
+        assert self.head is not None
+        self._accepted = dict(zip(rows.tolist(), self.head.accepted(hidden)))
 
     def _go_on(self, drafts: dict[SeqId, _Draft], control: LengthControl) -> None:
         """A token more for all whose draft is not long enough, until there is nobody left."""

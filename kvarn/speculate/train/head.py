@@ -1,0 +1,182 @@
+"""The acceptance head of SpecDec++ (arXiv 2405.19715): will the target accept this drafted token?
+
+A few residual blocks over the drafter's last hidden state at the token, as the drafter consumes it:
+so the answer comes one token late, and the newest token of a draft has none yet. Labels are soft:
+min(1, p / q) of a drawn token, and whether it is the target's own choice of a likeliest one (half
+of the texts each: requests are of both kinds). The head must see drafts, not only text: what it is
+trained on is text in which most tokens are the drafter's ("token mixing").
+
+The paper weighs rejections six times, and tunes the threshold; here the threshold follows measured
+costs, so the head must say what is true: the weight is 1 unless told.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import linear, logsigmoid, silu
+
+from kvarn.core.errors import ConfigError
+from kvarn.speculate.train.corpus import Sample
+from kvarn.speculate.train.network import Network
+
+FILE = "acceptance.safetensors"  #: beside the drafter's own weights
+
+
+class AcceptanceHead(nn.Module):
+    """Hidden states [n, hidden] of drafted tokens -> log-odds [n] of their acceptance."""
+
+    def __init__(self, hidden: int, depth: int = 3) -> None:
+        """Begins as one half for everything."""
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth))
+        self.out = nn.Linear(hidden, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        for block in self.blocks:
+            x = x + silu(block(x))
+        odds: Tensor = self.out(x).squeeze(-1)
+        return odds
+
+    @torch.inference_mode()
+    def accepted(self, hidden: Tensor) -> list[float]:
+        """Probabilities of acceptance, of hidden states of any dtype."""
+        found: list[float] = self(hidden.to(self.out.weight.dtype)).sigmoid().tolist()
+        return found
+
+
+def save_head(head: AcceptanceHead, folder: Path, about: dict[str, Any]) -> None:
+    """Write the head beside its drafter; `about` says how it was trained."""
+    state = {name: x.detach().bfloat16().contiguous() for name, x in head.state_dict().items()}
+    save_file(state, folder / FILE, {"trained": json.dumps(about)})
+
+
+def load_head(folder: Path, hidden: int, device: torch.device) -> AcceptanceHead:
+    """The head of the drafter in `folder`; `ConfigError` where there is none, or none that fits."""
+    path = folder / FILE
+    if not path.is_file():
+        raise ConfigError(
+            f"draft_length=specdec-pp stops drafts by an acceptance head, and the drafter in "
+            f"{folder} has no {FILE}: train one (benchmarks/train_drafter.py head), or take "
+            f"draft_length=survival or confidence"
+        )
+    with safe_open(path, framework="pt") as file:
+        state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    found = state["out.weight"].shape[1]
+    if found != hidden:
+        raise ConfigError(
+            f"{path} is for hidden states of {found} numbers, and the drafter's have {hidden}: "
+            f"it belongs to another drafter"
+        )
+    head = AcceptanceHead(hidden, sum(name.endswith(".bias") for name in state) - 1)
+    head.load_state_dict(state)
+    return head.to(device).eval()
+
+
+@dataclass(slots=True)
+class Lesson:
+    """n drafted tokens of one text."""
+
+    hidden: Tensor  #: [n, hidden] of the drafter, at each
+    accepted: Tensor  #: [n] in [0, 1]
+    confidence: Tensor  #: [n] the drafter's own probability of each
+
+
+@torch.no_grad()
+def lesson(
+    network: Network, sample: Sample, greedy: bool, generator: torch.Generator, mixing: float = 0.15
+) -> Lesson:
+    """Drafts at every place of a text; `greedy`: the likeliest tokens, else drawn ones.
+
+    The text that the head sees has the target's token with probability `mixing`, else the draft;
+    only places where the draft stands count.
+    """
+    place, wrote = sample.prompt, sample.tokens[sample.prompt :]
+    states = network(sample.tokens[:-1].unsqueeze(0))[0, place - 1 :]
+    q = linear(states.to(network.embed.dtype), network.embed).float().softmax(1)
+    drafts = q.argmax(1) if greedy else torch.multinomial(q, 1, generator=generator).squeeze(1)
+    confidence = q.gather(1, drafts.unsqueeze(1)).squeeze(1)
+    if greedy:
+        accepted = (drafts == sample.top[:, 0]).float()
+    else:
+        named = sample.top == drafts.unsqueeze(1)  # what is not among the labels has next to none
+        p = (named * sample.logprobs.exp()).sum(1)
+        accepted = (p / confidence).clamp_max(1.0)
+    text = torch.rand(len(wrote), generator=generator) < mixing
+    mixed = torch.cat((sample.tokens[:place], torch.where(text, wrote, drafts)))
+    mine = mixed[place:] == drafts
+    hidden = network(mixed.unsqueeze(0))[0, place:]
+    return Lesson(hidden[mine], accepted[mine], confidence[mine])
+
+
+def lessons(network: Network, samples: Sequence[Sample], seed: int) -> list[Lesson]:
+    """One of each text, half of them greedy."""
+    generator = torch.Generator().manual_seed(seed)
+    return [lesson(network, one, i % 2 == 0, generator) for i, one in enumerate(samples)]
+
+
+def weighted_bce(odds: Tensor, accepted: Tensor, weight: float) -> Tensor:
+    """Cross-entropy with soft labels; rejections count `weight` times. [nats]"""
+    costs = -weight * (1 - accepted) * logsigmoid(-odds) - accepted * logsigmoid(odds)
+    return costs.sum() / (weight * (1 - accepted) + accepted).sum()
+
+
+def train_head(
+    taught: Sequence[Lesson],
+    *,
+    depth: int = 3,
+    weight: float = 1.0,
+    epochs: int = 3,
+    batch: int = 32,
+    rate: float = 1e-3,
+    seed: int = 0,
+    progress: Callable[[int, float], None] = lambda step, loss: None,
+) -> AcceptanceHead:
+    """A head that has seen every lesson `epochs` times, `batch` texts a step, cosine rate."""
+    if not taught:
+        raise ConfigError("there is no text to train the head on")
+    torch.manual_seed(seed)
+    head = AcceptanceHead(taught[0].hidden.shape[1], depth)
+    steps = max(1, epochs * len(taught) // batch)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    rng = Random(seed)
+    for step in range(steps):
+        some = rng.sample(taught, min(batch, len(taught)))
+        hidden, accepted = (torch.cat(x) for x in zip(*((s.hidden, s.accepted) for s in some)))
+        loss = weighted_bce(head(hidden), accepted, weight)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        progress(step, loss.item())
+    return head
+
+
+def auc_of_rejection(score: Tensor, accepted: Tensor) -> float:
+    """Chance that a rejected token scores below an accepted one; labels are soft, ties half."""
+    order = score.argsort()
+    score, accepted = score[order], accepted[order].double()
+    _, same = torch.unique_consecutive(score, return_inverse=True)
+    groups = int(same[-1]) + 1
+    rejected = torch.zeros(groups, dtype=torch.float64).index_add_(0, same, 1 - accepted)
+    kept = torch.zeros(groups, dtype=torch.float64).index_add_(0, same, accepted)
+    below = rejected.cumsum(0) - rejected / 2
+    return float((kept * below).sum() / (kept.sum() * rejected.sum()))
+
+
+def binary_kl(said: Tensor, accepted: Tensor) -> float:
+    """Mean KL of Bernoulli(accepted) from Bernoulli(said) [nats]."""
+    said, accepted = said.double().clamp(1e-6, 1 - 1e-6), accepted.double()
+    pairs = ((accepted, said), (1 - accepted, 1 - said))
+    return float(sum(torch.xlogy(a, a / b) for a, b in pairs).mean())  # type: ignore[union-attr]
