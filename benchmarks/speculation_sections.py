@@ -89,6 +89,63 @@ def reproduce(result: dict[str, Any]) -> Lines:
     ]
 
 
+def acceptance_head(result: dict[str, Any]) -> Lines:
+    """What the acceptance head knows."""
+    about = result["workload"]
+    rows = [
+        [
+            name, row["drafts"], row["acceptance"], row["auc"], row["auc_of_probability"],
+            row["kl_nats"], row["kl_of_probability_calibrated"],
+        ]
+        for name, row in result["results"].items()
+    ]  # fmt: skip
+    return [
+        f"SpecDec++'s head for the drafter of SmolLM2, trained on {about['drafts']} drafts in "
+        f"{about['texts']} texts ({about['seconds']:.0f} s on {about['threads']} threads), on half "
+        "of the texts of topics never trained on: AUC for rejections, and KL of its word from "
+        "acceptance [nats], beside the drafter's own probability (its KL calibrated by isotonic "
+        "regression on the other half).",
+        "",
+        *table(
+            ["text", "drafts", "accepted", "AUC", "AUC of probability", "KL", "KL of probability"],
+            rows,
+        ),
+    ]
+
+
+def stops(result: dict[str, Any]) -> Lines:
+    """Where drafts should end."""
+    said = result["workload"]
+    rates = [
+        [row["policy"], row["discarded"], row["verified"], row["drafted"]]
+        for row in result["results"]
+    ]
+    prices = [
+        [
+            f"{row['ratio']:g}", row["best_fixed"], row["best_head"], row["head"],
+            row["by_theorem"], row["best_probability"], row["probability"],
+        ]
+        for row in result["costs"]
+    ]  # fmt: skip
+    return [
+        f"`kvarn reproduce {result['experiment']}`: {result['config']['model']} and its drafter, "
+        f"{said['texts']} greedy texts of {said['tokens']} tokens, drafts of up to "
+        f"{said['longest']} from every place: tokens discarded and verifications for each token, "
+        "drafts a round.",
+        "",
+        *table(["policy", "discarded", "verified", "drafted"], rates),
+        "",
+        "What is paid above one drafted token a token (c1 discarded + c2 verified), over the best "
+        "fixed length: the head with its best threshold, with that of the theorem, and the "
+        "drafter's own probability with its best.",
+        "",
+        *table(
+            ["c2 / c1", "best fixed", "head", "ratio", "by theorem", "probability", "ratio "],
+            prices,
+        ),
+    ]
+
+
 def lengths(result: dict[str, Any]) -> Lines:
     """Length controls on modelled machines."""
     settings, rows = modelled_lengths.table_of(result)

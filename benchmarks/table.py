@@ -40,6 +40,8 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "reproduce": ("Speculation on real text", speculation.reproduce),
     "reproduce-lengths": ("Lengths of drafts on modelled machines", speculation.lengths),
     "proposers": ("Drafts without a model", proposing.proposers),
+    "acceptance_head": ("Will a draft be accepted", speculation.acceptance_head),
+    "reproduce-stops": ("Where a draft ends", speculation.stops),
     "online_spec": ("A drafter that learns", speculation.online_spec),
     "reproduce-kept": ("The KV that is kept, on text", sparsity.kept),
     "reproduce-streaming": ("A stream longer than the cache", sparsity.streaming),

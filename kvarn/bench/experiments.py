@@ -22,6 +22,7 @@ class Experiment:
 MODULES = {
     "deployment-challenges": ("kvarn.bench.session_study", "llama-3.1-8b"),
     "draft-lengths": ("kvarn.bench.modelled_lengths", "modelled"),
+    "draft-stops": ("kvarn.bench.stopping_study", "smollm2-135m"),
     "gemfilter": ("kvarn.bench.filter_study", "smollm2-135m"),
     "hermes": ("kvarn.bench.pipeline_study", "llama-3.1-8b"),
     "online-spec": ("kvarn.bench.online_spec", "smollm2-135m"),

@@ -157,7 +157,7 @@ def _compare(
         some = prompts[start + repeat * batch :][:batch]
         for key, llm in engines.items():
             before, began = llm.engine.stats(), perf_counter()
-            done = llm.generate(_chats(llm, some), params)
+            done = llm.generate(chats(llm, some), params)
             seconds = perf_counter() - began
             taken[key].answers.append([one.outputs[0].tokens for one in done])
             if repeat:
@@ -172,7 +172,8 @@ def _compare(
         yield Row(key, text, batch, rate, plain.seconds / one.seconds, each, share)
 
 
-def _chats(llm: LLM, prompts: tuple[str, ...]) -> list[list[int]]:
+def chats(llm: LLM, prompts: tuple[str, ...]) -> list[list[int]]:
+    """Tokens of each prompt as a message to the model."""
     tokenizer = llm.tokenizer
     if tokenizer is None:
         raise ConfigError("reproduce asks a model in words, and this one has no tokenizer")
