@@ -104,7 +104,7 @@ def lesson(
     place, wrote = sample.prompt, sample.tokens[sample.prompt :]
     states = network(sample.tokens[:-1].unsqueeze(0))[0, place - 1 :]
     q = linear(states.to(network.embed.dtype), network.embed).float().softmax(1)
-    drafts = q.argmax(1) if greedy else torch.multinomial(q, 1, generator=generator).squeeze(1)
+    drafts = q.argmax(1) if greedy else _drawn(q, generator)
     confidence = q.gather(1, drafts.unsqueeze(1)).squeeze(1)
     if greedy:
         accepted = (drafts == sample.top[:, 0]).float()
@@ -117,6 +117,12 @@ def lesson(
     mine = mixed[place:] == drafts
     hidden = network(mixed.unsqueeze(0))[0, place:]
     return Lesson(hidden[mine], accepted[mine], confidence[mine])
+
+
+def _drawn(q: Tensor, generator: torch.Generator) -> Tensor:
+    """A token [n] of each distribution [n, vocab]; `torch.multinomial` takes a number for each."""
+    u = torch.rand(len(q), 1, generator=generator)
+    return torch.searchsorted(q.cumsum(1), u).squeeze(1).clamp_max(q.shape[1] - 1)
 
 
 def lessons(network: Network, samples: Sequence[Sample], seed: int) -> list[Lesson]:
@@ -137,7 +143,7 @@ def train_head(
     depth: int = 3,
     weight: float = 1.0,
     epochs: int = 3,
-    batch: int = 32,
+    batch: int = 8,
     rate: float = 1e-3,
     seed: int = 0,
     progress: Callable[[int, float], None] = lambda step, loss: None,
