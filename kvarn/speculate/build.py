@@ -1,5 +1,6 @@
 """A `Speculation` from options: the proposer and the length control by name."""
 
+import logging
 import time
 from typing import Any, cast
 
@@ -10,6 +11,8 @@ from kvarn.speculate.propose import native_tree
 from kvarn.speculate.propose.native_tree import NativeTree
 from kvarn.speculate.propose.suffix_tree import SuffixTree
 from kvarn.speculate.speculation import Speculation
+
+log = logging.getLogger("kvarn.speculate")
 
 NEED_DRAFTER = ("draft", "mix")  #: proposers that take a drafting model
 
@@ -39,6 +42,8 @@ def _proposer(config: EngineConfig, drafter: Proposer | None) -> Proposer:
         return cast(Proposer, part(config.synthetic_acceptance))
     if config.speculate in NEED_TREES:
         suffix: Any = find("proposer", "suffix")
+        if not native_tree.available():
+            log.warning("suffix trees in Python, slower: %s", native_tree.reason())
         free = suffix(tree=NativeTree if native_tree.available() else SuffixTree)
         return cast(Proposer, part(free, drafter) if config.speculate == "mix" else free)
     return drafter if drafter is not None else cast(Proposer, part())
