@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--folder", type=Path, default=ROOT / "kvarn/speculate/drafters" / TARGET)
     parser.add_argument("--json", default=None, help="of measure and head")
-    parser.add_argument("--texts", type=int, default=320, help="to train the head on")
+    parser.add_argument("--texts", type=int, default=900, help="to train the head on")
     parser.add_argument("--weight", type=float, default=1.0, help="of rejections, for the head")
     parser.add_argument("--minutes", type=float, default=24.0, help="of writing text")
     parser.add_argument("--threads", type=int, default=2)

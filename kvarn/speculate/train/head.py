@@ -140,11 +140,11 @@ def weighted_bce(odds: Tensor, accepted: Tensor, weight: float) -> Tensor:
 def train_head(
     taught: Sequence[Lesson],
     *,
-    depth: int = 3,
+    depth: int = 1,
     weight: float = 1.0,
-    epochs: int = 3,
-    batch: int = 8,
-    rate: float = 1e-3,
+    epochs: int = 4,
+    batch: int = 16,
+    rate: float = 3e-4,
     seed: int = 0,
     progress: Callable[[int, float], None] = lambda step, loss: None,
 ) -> AcceptanceHead:
