@@ -25,13 +25,16 @@ class Rounded:
         """Power of the instance while it waits [W]."""
         return self._model.idle_watts()
 
-    def alike(self, n: int, total: int, longest: int) -> int:
-        """How many steps cost the same, from one of `n` decodes on that attends to `total`.
+    def decodes(self, n: int, total: int, longest: int) -> tuple[Estimate, int]:
+        """The price of `n` decodes that attend to `total`, and how many such steps have it.
 
         Every step adds a position to each sequence; `longest` is the longest context [tokens].
         """
         grain = self._grain
-        return grain - max(total // n % grain, longest % grain)
+        mean, inside = divmod(total // n, grain)
+        most, beyond = divmod(longest, grain)
+        steps = grain - (inside if inside > beyond else beyond)
+        return self._known.get((n, mean, most, n)) or self._price(n, mean, most, n), steps
 
     def step(self, shape: StepShape) -> Estimate:
         """The price of `shape`, or of the decodes that count as the same."""
@@ -41,12 +44,15 @@ class Rounded:
         grain = self._grain
         mean, longest = shape.decode_sum // (n * grain), shape.decode_max // grain
         key = (n, mean, longest, shape.n_logits)
-        found = self._known.get(key)
-        if found is None:
-            if len(self._known) >= MOST:
-                self._known.clear()
-            middle = mean * grain + grain // 2
-            most = max(longest * grain + grain // 2, middle)
-            at = StepShape((), n, n * middle, most, shape.n_logits)
-            found = self._known[key] = self._model.step(at)
+        return self._known.get(key) or self._price(*key)
+
+    def _price(self, n: int, mean: int, longest: int, n_logits: int) -> Estimate:
+        """Ask for `n` decodes of these contexts [grains], and remember."""
+        grain = self._grain
+        if len(self._known) >= MOST:
+            self._known.clear()
+        middle = mean * grain + grain // 2
+        most = max(longest * grain + grain // 2, middle)
+        found = self._model.step(StepShape((), n, n * middle, most, n_logits))
+        self._known[n, mean, longest, n_logits] = found
         return found

@@ -2,53 +2,52 @@
 
 While nobody waits and every running sequence decodes, the next plan is known: one position for
 each, in order. What such steps change is little (a token and a position for each sequence, a page
-now and then), so a simulator need not form their plans. The real engine never coasts: it has
-tokens to wait for. A property test compares the books of both ways, page for page.
+now and then, and who is done with the last of them), so a simulator need not form their plans. The
+real engine never coasts: it has tokens to wait for, and an executor to tell who left. A property
+test compares the books of both ways, page for page.
 
-Regime: full-attention groups (windows give pages back at every step), sequences that keep all
-of their KV, and schedulers that say `coasts`: their plan for such a state is what is done here, and
+Regime: full-attention groups (windows give pages back at every step), sequences that keep all of
+their KV, and schedulers that say `coasts`: their plan for such a state is what is done here, and
 they keep no state of their own.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from kvarn.core.seq import Seq
 from kvarn.kv.manager import KVManager
-from kvarn.schedule.control import ControlPlane
+from kvarn.schedule.control import ControlPlane, Progress
 
 
-def can_coast(control: ControlPlane, in_flight: int = 0) -> int:
-    """Steps that may be taken at once from here: none ends a sequence or lacks a page; 0: none.
+def can_coast(control: ControlPlane, limit: int = 1 << 30, in_flight: int = 0) -> int:
+    """Steps that may be taken at once from here, at most `limit`; 0: none.
 
-    `in_flight`: tokens that every sequence still gets of steps that are planned and not applied.
+    None lacks a page, and none but the last ends a sequence. `in_flight`: tokens that every
+    sequence still gets of steps that are planned and not applied.
     """
     running, kv = control.queues.running, control.kv
-    if not running or control.queues.waiting or control.has_left or kv.has_windows:
+    if not running or control.queues.waiting or kv.has_windows:
         return 0
     if not control.scheduler.coasts or len(running) > control.budget:
         return 0
-    most = 1 << 30
+    most = limit
     for seq in running:
-        if (
-            seq.pending != in_flight
-            or seq.todo != 1
-            or not seq.generates
-            or seq.first_token_at is None
-        ):
+        known, goal = len(seq.tokens) + in_flight, seq.goal
+        if seq.pending != in_flight or seq.computed != known - 1 or known > goal:
+            return 0  # of a prompt there is more to do, or other answers are on their way
+        if seq.first_token_at is None or not seq.generates:
             return 0
         if seq.keep or seq.select is not None:
             return 0
-        most = min(
-            most, seq.goal - len(seq.tokens) - in_flight
-        )  # the step after these ends the sequence
-        if most < 1:
-            return 0
+        if goal - known < most:
+            most = goal - known + 1
     return _with_pages(kv, running, most)
 
 
 def _with_pages(kv: KVManager, running: Sequence[Seq], most: int) -> int:
     """The steps of `most` for which pages are there without anybody giving way."""
     size, room = kv.page_size, min(map(kv.available, range(len(kv.pages))))
+    if len(running) * -(-most // size) <= room:
+        return most
 
     def needed(steps: int) -> int:
         return sum(-(-max(0, s.computed + steps - s.capacity) // size) for s in running)
@@ -63,40 +62,56 @@ def _with_pages(kv: KVManager, running: Sequence[Seq], most: int) -> int:
 
 
 def coast(
-    control: ControlPlane, times: Sequence[float], token_of: Callable[[Seq], int]
+    control: ControlPlane,
+    steps: int,
+    began: Callable[[int], float],
+    token_of: Callable[[Seq], int],
 ) -> list[Seq]:
-    """Take `len(times)` decode steps, at most `can_coast`; step i is planned at `times[i]` [s].
+    """Take `steps` decode steps, at most `can_coast`; step i, from 0, is planned at `began(i)` [s].
 
     `token_of` gives the token that every one of a sequence's steps commits. Returns the sequences,
-    whose tokens, positions, tables and index entries are those that the steps one by one leave.
+    whose tokens, positions, tables and index entries are those that the steps one by one leave;
+    `settle` ends those that are done.
     """
-    steps, kv = len(times), control.kv
+    kv = control.kv
     running = list(control.queues.running)
-    starts = [seq.computed for seq in running]
+    ends = [seq.computed + steps for seq in running]
     for step, place in sorted(_page_events(running, steps, kv.page_size)):
-        seq, end = running[place], starts[place] + step
+        seq = running[place]
+        end = ends[place] - steps + step
         _decode_to(seq, end - 1, token_of(seq))
         if end > seq.capacity:
-            edits = kv.reserve(seq, end, times[step - 1])
+            edits = kv.reserve(seq, end, began(step - 1))
             assert edits is not None, "can_coast promised room"
         seq.computed = end
         if end // kv.page_size > seq.published:
-            kv.publish(seq, times[step - 1])
-    for seq, start in zip(running, starts, strict=True):
-        _decode_to(seq, start + steps, token_of(seq))
-        seq.planned_from = start + steps - 1
+            kv.publish(seq, began(step - 1))
+    for seq, end in zip(running, ends, strict=True):
+        _decode_to(seq, end, token_of(seq))
+        seq.planned_from = end - 1
     control.skip(steps)
     return running
 
 
-def _page_events(running: Sequence[Seq], steps: int, size: int) -> Iterator[tuple[int, int]]:
+def settle(control: ControlPlane, seqs: Iterable[Seq], now: float) -> list[Progress]:
+    """End those of `seqs` whose last token `coast` committed, by a step that ended at `now` [s]."""
+    done = [seq for seq in seqs if len(seq.tokens) > seq.goal]
+    for seq in done:
+        control.finish(seq, "length", now)
+    return [Progress(seq, seq.tokens[-1:], "length") for seq in done]
+
+
+def _page_events(running: Sequence[Seq], steps: int, size: int) -> list[tuple[int, int]]:
     """(step, place) at which a sequence needs a page, or has one filled: first and last slot."""
+    found: list[tuple[int, int]] = []
     for place, seq in enumerate(running):
-        for edge in (1 % size, 0):
-            first = (edge - seq.computed - 1) % size + 1  # steps until `computed` is edge mod size
-            yield from ((step, place) for step in range(first, steps + 1, size))
-            if size == 1:
-                break
+        now = seq.computed
+        if now + steps > seq.capacity:
+            first = (1 % size - now - 1) % size + 1  # steps until `computed` is 1 mod size
+            found += [(step, place) for step in range(first, steps + 1, size)]
+        if (now + steps) // size > seq.published:
+            found += [(step, place) for step in range(size - now % size, steps + 1, size)]
+    return found
 
 
 def _decode_to(seq: Seq, computed: int, token: int) -> None:

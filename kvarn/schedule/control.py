@@ -185,11 +185,6 @@ class ControlPlane:
         """Whether any sequence waits or runs, or the executor has rows to forget."""
         return bool(self.seqs or self._gone)
 
-    @property
-    def has_left(self) -> bool:
-        """Whether the next plan must tell the executor of sequences that left."""
-        return bool(self._gone)
-
     # the step
 
     def draft(self, drafts: Mapping[SeqId, Draft]) -> None:
@@ -262,7 +257,11 @@ class ControlPlane:
         self._count.accepted_tokens += accepted
 
     def skip(self, steps: int) -> None:
-        """Count decode steps of every running sequence that were taken at once (`coast`)."""
+        """Count decode steps of every running sequence that were taken at once (`coast`).
+
+        Nobody is told of those that left before: there is no plan to say it.
+        """
+        self._gone = []
         self._step += steps
         self._count.output_tokens += steps * len(self.queues.running)
         for seq in self.queues.running:

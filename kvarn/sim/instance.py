@@ -5,18 +5,18 @@ what the cost model says, and commits one token for each span that wants logits.
 from the requests (their `max_tokens`); a generated token is unlike any other sequence's, so it
 serves no prefix hit of another request.
 
-While only decodes run and nobody waits, steps are taken together (`coast`); an arrival cuts such a
-run at the end of the step in which it falls, exactly where step by step it would be noticed.
+While only decodes run and nobody waits, steps are taken together (`coast`), up to the one that ends
+a sequence; an arrival cuts such a run at the end of the step in which it falls, exactly where step
+by step it would be noticed.
 
 The engine's overlapped loop plans step n+1 when step n begins: whoever comes during n enters n+2.
 Here that plan is made late, with the time and the state of then: when somebody comes, or when the
-step ends, unless decodes go on that are planned alike whenever it is done.
+step ends, unless decodes go on that are planned alike whenever it is done. A run of decodes stops
+before a step behind which the plan would not be: one that ends a sequence, or takes the last pages.
 """
 
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, repeat
 from typing import Protocol
 
 from kvarn.core.plan import Choice, SpanResult, StepPlan, StepResult
@@ -25,52 +25,29 @@ from kvarn.core.seq import Seq
 from kvarn.cost.partway import partway
 from kvarn.cost.rounded import Rounded
 from kvarn.cost.shape import CostModel, Estimate, StepShape, shape_of
-from kvarn.schedule.coast import can_coast, coast
+from kvarn.schedule.coast import can_coast, coast, settle
 from kvarn.schedule.control import ControlPlane, Progress
 from kvarn.sim.heap import NS
+from kvarn.sim.steps import Run
+
+Gaps = Sequence[tuple[int, int]]  #: (ns, how many in a row), in order
 
 
 class Watcher(Protocol):
     """Sees what instances do: results, traces and plots are made of it."""
 
-    def committed(self, instance: "Instance", seqs: Sequence[Seq], ends: list[int]) -> None:
-        """Each of `seqs` got a token at each of `ends` [ns]."""
+    def committed(
+        self, instance: "Instance", seqs: Sequence[Seq], first: int, last: int, gaps: Gaps
+    ) -> None:
+        """Each of `seqs` got tokens, from `first` to `last` [ns], with `gaps` between them."""
         ...
 
     def stepped(self, instance: "Instance", shape: StepShape, start: int, end: int) -> None:
-        """One step, or a run of decode steps (`shape` is then the first's), took place [ns]."""
+        """One step, or a run of decode steps (`shape` is then the first's), took place [ns].
+
+        Called while the sequences that it ends still hold their pages.
+        """
         ...
-
-
-@dataclass(slots=True)
-class _Run:
-    """Steps under way: one that was planned, or several decode steps that are taken at once."""
-
-    shape: StepShape
-    start: int  #: [ns]
-    ends: list[int]  #: of each step [ns]
-    joules: list[float]  #: spent by the end of each step
-    unmeasured: list[float]  #: seconds outside measured data by the end of each step
-    plan: StepPlan | None  #: None: the steps are coasted
-
-    def take(self, price: Estimate, now: int, steps: int = 1) -> int:
-        """`steps` more at one price, from `now` on; their end, at least a tick each later [ns]."""
-        seconds = price.seconds
-        unmeasured = (1.0 - price.confidence) * seconds
-        tick = max(1, round(seconds * NS))
-        end = now + steps * tick
-        self.ends.extend(range(now + tick, end + 1, tick))
-        _add_up(self.joules, price.joules, steps)
-        _add_up(self.unmeasured, unmeasured, steps)
-        return end
-
-
-def _add_up(sums: list[float], more: float, times: int) -> None:
-    """Go on with running `sums` by adding `more`, one by one: as steps priced singly would."""
-    if sums:
-        sums.extend(accumulate(repeat(more, times), initial=sums.pop()))
-    else:
-        sums.extend(accumulate(repeat(more, times)))
 
 
 @dataclass(slots=True)
@@ -87,7 +64,7 @@ class Instance:
     joules: float = 0.0  #: spent in steps
     unmeasured: float = 0.0  #: of that, what no measured data covers [s]
     version: int = 0  #: of the run under way; an end scheduled for an older one is void
-    _run: _Run | None = None
+    _run: Run | None = None
     _ahead: StepPlan | None = None  #: with `overlap`, the step behind the one under way
 
     @property
@@ -110,15 +87,15 @@ class Instance:
             return None
         if self.overlap:
             if run.plan is None:
-                return self._step_in(run, bisect_left(run.ends, now), token_of)
+                return self._step_in(run, run.ended(now), token_of)
             self._plan_ahead(run)
             return None
-        steps = bisect_left(run.ends, now) + 1
-        if run.plan is not None or steps >= len(run.ends):
+        steps = run.ended(now) + 1
+        if steps >= run.steps:
             return None
-        del run.ends[steps:], run.joules[steps:], run.unmeasured[steps:]
+        run.keep(steps)
         self.version += 1
-        return run.ends[-1]
+        return run.end
 
     def start(self, now: int) -> int | None:
         """Begin the next step, or run of steps; when it ends [ns], or None with nothing to do."""
@@ -127,28 +104,27 @@ class Instance:
         plan, self._ahead = self._ahead, None
         if plan is not None and plan.spans:
             return self._begin(plan, now)
-        most = can_coast(self.control) if self.coasts else 0
-        if most > 1:
-            self._run = self._decodes(now, min(most, _AT_ONCE))
+        steps = self._coastable()
+        if steps > 0:
+            self._run = self._decodes(now, steps)
         else:
             plan = self.control.plan(now / NS)
             if not plan.spans:
                 return None
             return self._begin(plan, now)
         self.version += 1
-        return self._run.ends[-1]
+        return self._run.end
 
     def finish(self, now: int, token_of: Callable[[Seq], int]) -> list[Progress]:
-        """Commit the run that ends now; who made progress (coasted runs end nobody)."""
+        """Commit the run that ends now; who made progress (of coasted ones, who ended)."""
         run = self._run
-        assert run is not None and run.ends[-1] == now, "a run ends when it said it would"
+        assert run is not None and run.end == now, "a run ends when it said it would"
         self._run = None
         if run.plan is None:
-            self._coasted(run, len(run.ends), token_of)
-            return []
-        if self.overlap and not (self.coasts and can_coast(self.control, in_flight=1) > 1):
+            return self._coasted(run, token_of)
+        if self.overlap and self._coastable(in_flight=1) < 1:
             self._plan_ahead(run)
-        self._account(run, 1)
+        self._account(run)
         tokens = [
             [token_of(self.control.seqs[span.seq])]
             if span.wants_logits and span.seq in self.control.seqs
@@ -158,7 +134,7 @@ class Instance:
         extras = choices(self.control, run.plan) if run.plan.partial else {}
         result = StepResult(run.plan.step, tokens, extras, (now - run.start) / NS)
         progress = self.control.apply(run.plan, result, now / NS)
-        self.watcher.committed(self, [one.seq for one in progress if one.tokens], run.ends)
+        self.watcher.committed(self, [one.seq for one in progress if one.tokens], now, now, ())
         return progress
 
     def _begin(self, plan: StepPlan, now: int) -> int:
@@ -166,9 +142,10 @@ class Instance:
         context = self.control.context
         shape = shape_of((context(s), s.length, s.wants_logits) for s in plan.spans)
         price = self._partway(plan) if plan.partial else self.cost.step(shape)
-        self._run = _Run(shape, now, [], [], [], plan)
+        self._run = Run(shape, now, plan)
+        self._run.take(price)
         self.version += 1
-        return self._run.take(price, now)
+        return self._run.end
 
     def _partway(self, plan: StepPlan) -> Estimate:
         """The price of a step in which filtered prompts leave after the first layers."""
@@ -176,34 +153,44 @@ class Instance:
         spans = [(context(s), s.length, s.wants_logits, s.layers) for s in plan.spans]
         return partway(self.cost, spans, sum(len(g.layers) for g in self.control.kv.groups))
 
-    def _plan_ahead(self, run: _Run) -> None:
+    def _coastable(self, in_flight: int = 0) -> int:
+        """Decode steps that may be taken at once, after those `in_flight`."""
+        if not self.coasts:
+            return 0
+        if not self.overlap:
+            return can_coast(self.control, _AT_ONCE, in_flight)
+        return can_coast(self.control, _AT_ONCE + 1, in_flight) - 1
+
+    def _plan_ahead(self, run: Run) -> None:
         """What the overlapped loop decided when `run` began, if that is not done yet."""
         if self._ahead is None and self.control.has_work:
             self._ahead = self.control.plan(run.start / NS)
 
-    def _step_in(self, run: _Run, steps: int, token_of: Callable[[Seq], int]) -> int:
+    def _step_in(self, run: Run, steps: int, token_of: Callable[[Seq], int]) -> int:
         """Commit the first `steps` decodes of a run; the next is under way, one more is planned."""
-        begun = run.ends[steps - 1] if steps else run.start
+        begun = run.start
         if steps:
-            self._coasted(run, steps, token_of)
+            run.keep(steps)
+            begun = run.end
+            self._coasted(run, token_of)
         end = self._begin(self.control.plan(begun / NS), begun)
         assert self._run is not None
         self._plan_ahead(self._run)
         return end
 
-    def _coasted(self, run: _Run, steps: int, token_of: Callable[[Seq], int]) -> None:
-        """Commit the first `steps` of a run of decodes."""
-        self._account(run, steps)
-        times = [run.start, *run.ends[: steps - 1]]
-        seqs = coast(self.control, [at / NS for at in times], token_of)
-        self.watcher.committed(self, seqs, run.ends[:steps])
+    def _coasted(self, run: Run, token_of: Callable[[Seq], int]) -> list[Progress]:
+        """Commit a run of decodes; who ended with it."""
+        seqs = coast(self.control, run.steps, run.began, token_of)
+        self._account(run)
+        progress = settle(self.control, seqs, run.end / NS)
+        first = run.start + run.stretches[0].tick
+        self.watcher.committed(self, seqs, first, run.end, run.gaps())
+        return progress
 
-    def _account(self, run: _Run, steps: int) -> None:
-        end = run.ends[steps - 1]
-        self.busy += end - run.start
-        self.joules += run.joules[steps - 1]
-        self.unmeasured += run.unmeasured[steps - 1]
-        self.watcher.stepped(self, run.shape, run.start, end)
+    def _account(self, run: Run) -> None:
+        self.busy += run.end - run.start
+        self.joules, self.unmeasured = run.spent(self.joules, self.unmeasured)
+        self.watcher.stepped(self, run.shape, run.start, run.end)
 
     def unstick(self, now: int) -> Seq | None:
         """Nothing runs and the first in the queue was not let in: end it, for it never will be."""
@@ -214,20 +201,20 @@ class Instance:
         self.control.finish(seq, "error", now / NS)
         return seq
 
-    def _decodes(self, now: int, most: int) -> _Run:
+    def _decodes(self, now: int, most: int) -> Run:
         """Price `most` decode steps, each attending to one position more a sequence."""
-        n = len(self.control.queues.running)
         known = [len(seq.tokens) for seq in self.control.queues.running]
-        total, longest = sum(known), max(known)
-        run = _Run(StepShape((), n, total, longest, n), now, [], [], [], None)
+        n, total, longest = len(known), sum(known), max(known)
+        run = Run(StepShape((), n, total, longest, n), now, None)
         cost = self.cost
-        alike = cost.alike if isinstance(cost, Rounded) else None
-        done = 0
-        while done < most:
-            at, far = total + done * n, longest + done
-            steps = min(alike(n, at, far), most - done) if alike else 1
-            now = run.take(cost.step(StepShape((), n, at, far, n)), now, steps)
-            done += steps
+        if isinstance(cost, Rounded):
+            while run.steps < most:
+                done = run.steps
+                price, alike = cost.decodes(n, total + done * n, longest + done)
+                run.take(price, min(alike, most - done))
+        else:
+            for done in range(most):
+                run.take(cost.step(StepShape((), n, total + done * n, longest + done, n)))
         return run
 
 

@@ -4,12 +4,11 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from operator import sub
 
 from kvarn.core.seq import Seq
 from kvarn.cost.shape import StepShape
 from kvarn.sim.heap import NS
-from kvarn.sim.instance import Instance
+from kvarn.sim.instance import Gaps, Instance
 
 MOST_SLOTS = 2048  #: of the curve of pages in use, by instance
 
@@ -97,26 +96,32 @@ class Tally:
     keep_gaps: bool = True
     page_use: dict[str, PageUse] | None = None  #: by instance; filled only where asked for
 
-    def committed(self, instance: Instance, seqs: Sequence[Seq], ends: list[int]) -> None:
-        """Each of `seqs` got a token at each of `ends`; what is between those is alike for all."""
-        inner = list(map(sub, ends[1:], ends))
-        for gap, times in Counter(inner).items():
-            self.gaps[round(gap / 1000)] += times * len(seqs)
-        kept = array("d", [gap / NS for gap in inner] if self.keep_gaps else [])
+    def committed(
+        self, instance: Instance, seqs: Sequence[Seq], first: int, last: int, gaps: Gaps
+    ) -> None:
+        """Each of `seqs` got tokens, from `first` to `last`; the gaps between are alike for all."""
+        counts, records, tokens = self.gaps, self.records, 1
+        kept = array("d")
+        for gap, times in gaps:
+            tokens += times
+            counts[round(gap / 1000)] += times * len(seqs)
+            if self.keep_gaps:
+                kept.extend([gap / NS] * times)
         for seq in seqs:
-            record = self.records[seq.request.id]
-            record.n_out += len(ends)
+            record = records[seq.request.id]
+            record.n_out += tokens
             if record.last is None:
-                record.first = ends[0]
+                record.first = first
             else:
-                gap = ends[0] - record.last
-                self.gaps[round(gap / 1000)] += 1
+                gap = first - record.last
+                counts[round(gap / 1000)] += 1
                 if self.keep_gaps:
                     record.gaps.append(gap / NS)
-            record.gaps.extend(kept)
-            record.last = ends[-1]
+            if kept:
+                record.gaps.extend(kept)
+            record.last = last
         if self.page_use is not None:
-            self._see_pages(self.page_use, instance, ends[-1])
+            self._see_pages(self.page_use, instance, last)
 
     def stepped(self, instance: Instance, shape: StepShape, start: int, end: int) -> None:
         """Keep the step, if steps are wanted, and the pages held during it."""

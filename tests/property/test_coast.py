@@ -11,7 +11,7 @@ from kvarn.core.part import find
 from kvarn.core.plan import StepPlan, StepResult
 from kvarn.core.request import Request, SamplingParams
 from kvarn.kv.manager import KVManager
-from kvarn.schedule.coast import can_coast, coast
+from kvarn.schedule.coast import can_coast, coast, settle
 from kvarn.schedule.control import Capacity, ControlPlane
 
 SCHEDULERS = ["continuous", "orca", "prefill-first", "static"]
@@ -65,21 +65,29 @@ def books(control: ControlPlane) -> dict[str, Any]:
     st.sampled_from(["hash", "radix", "none"]),
     st.integers(1, 5),
     st.integers(20, 60),
-    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 40), st.integers(0, 40)), max_size=12),
+    st.lists(
+        st.tuples(st.integers(1, 30), st.integers(1, 40), st.integers(0, 40), st.integers(1, 3)),
+        max_size=12,
+    ),
     st.integers(1, 9),
+    st.integers(5, 60),
 )
-def test_coasting_leaves_the_same_books(scheduler, prefix, size, positions, asked, most):
+def test_coasting_leaves_the_same_books(scheduler, prefix, size, positions, asked, most, abort):
     pages = -(-positions // size) + 1
     slow, fast = (make(scheduler, prefix, pages, size, 16) for _ in range(2))
     coasted, at, waiting = 0, 0, sorted(enumerate(asked), key=lambda one: one[1][2])
     while waiting or slow.seqs:
         while waiting and waiting[0][1][2] <= at:
-            i, (n_in, n_out, _) = waiting.pop(0)
+            i, (n_in, n_out, _, n_seqs) = waiting.pop(0)
             prompt = [7 if j < 6 else i for j in range(min(n_in, pages * size - 1))]
             n = min(n_out, pages * size - len(prompt))
-            params = SamplingParams(max_tokens=n, ignore_eos=True)
+            params = SamplingParams(max_tokens=n, n=n_seqs, ignore_eos=True)
             for control in (slow, fast):
                 control.add(Request(str(i), prompt, params))
+        if at >= abort and slow.seqs:  # the first of them leaves early, once
+            gone, abort = next(iter(slow.seqs.values())).request.id, 1000
+            for control in (slow, fast):
+                control.abort(gone, float(at))
         steps = min(can_coast(fast), most)
         if waiting:
             steps = min(steps, waiting[0][1][2] - at)
@@ -87,7 +95,8 @@ def test_coasting_leaves_the_same_books(scheduler, prefix, size, positions, aske
         for now in times:
             plan = one_step(slow, now)
         if steps >= 1:
-            coast(fast, times, token_of)
+            seqs = coast(fast, steps, times.__getitem__, token_of)
+            settle(fast, seqs, times[-1] + 0.5)
             coasted += steps
         else:
             one_step(fast, times[0])
@@ -104,9 +113,10 @@ def test_long_decodes_are_taken_at_once(scheduler):
     for i in range(3):
         control.add(Request(str(i), [i] * 10, SamplingParams(max_tokens=50, ignore_eos=True)))
     one_step(control, 0.0)
-    assert can_coast(control) == 48
-    coast(control, [float(i) for i in range(48)], token_of)
-    one_step(control, 48.0)
+    assert can_coast(control, 20) == 20
+    assert can_coast(control) == 49
+    seqs = coast(control, 49, float, token_of)
+    assert [one.seq.n_output for one in settle(control, seqs, 49.0)] == [50] * 3
     assert not control.seqs
 
 
@@ -116,6 +126,6 @@ def test_what_may_not_coast():
     control.add(Request("0", [0] * 10, SamplingParams(max_tokens=50, ignore_eos=True)))
     assert can_coast(control) == 0  # a prompt
     one_step(control, 0.0)
-    assert can_coast(control) == 12  # 14 tokens fit: one is there, one more ends it
+    assert can_coast(control) == 13  # 14 tokens fit and one of them is there
     control.add(Request("1", [1] * 10, SamplingParams(max_tokens=5, ignore_eos=True)))
     assert can_coast(control) == 0  # somebody waits

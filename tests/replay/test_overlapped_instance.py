@@ -36,7 +36,7 @@ class Second:
 class Unwatched(Tally):
     """The log's requests have no records here."""
 
-    def committed(self, instance: Instance, seqs: Any, ends: list[int]) -> None:
+    def committed(self, instance: Instance, seqs: Any, first: int, last: int, gaps: Any) -> None:
         pass
 
 
