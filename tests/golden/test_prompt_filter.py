@@ -54,8 +54,8 @@ def dense_choice(engine: Engine, prompt: list[int], layer: int) -> list[int]:
         return x
 
     with torch.inference_mode():
-        at = torch.arange(len(prompt))
-        decoder.forward(torch.tensor(prompt), at, dense_attend(spec), tap)
+        at = torch.arange(len(prompt), device=decoder.device)
+        decoder.forward(torch.tensor(prompt, device=decoder.device), at, dense_attend(spec), tap)
     keys = seen["k_rot"].repeat_interleave(spec.n_heads // spec.n_kv_heads, 1)
     raw = torch.einsum("hd,nhd->n", seen["q_rot"][-1], keys)
     pooled = torch.nn.functional.avg_pool1d(raw.view(1, 1, -1), 5, 1, 2).flatten()
