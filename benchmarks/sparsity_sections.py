@@ -134,8 +134,9 @@ def recalled(result: dict[str, Any]) -> Lines:
     return [
         f"`kvarn reproduce {result['experiment']}`: the model of `benchmarks/train_recall.py`, one "
         "pair in 16 tokens; share of questions answered rightly where an eighth of the context is "
-        "kept, or read. A first question is the prompt's last token, answered by its last "
-        "dense step unless the prompt was filtered; a late one comes after that answer. Contexts and questions of each kind about one, by length: "
+        "kept, or read. A first question is the prompt's last token, answered by its last dense "
+        "step unless the prompt was filtered; a late one comes after that answer. Contexts and "
+        "questions of each kind about one, by length: "
         + ", ".join(f"{n}: {a} x {b}" for n, (a, b) in said["sizes"].items())
         + ".",
         "",

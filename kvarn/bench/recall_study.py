@@ -1,10 +1,10 @@
 """`kvarn reproduce recall`: what is still recalled, by a model that can do nothing else.
 
 The recall model (`benchmarks/train_recall.py` made it, in 80 s on a GPU; its config.json has the
-record) answers every question about a context of pairs with the full cache, so what is lost is lost
-by what was dropped or not read. The first question is the
-prompt's last token, which eviction can see, and which its last dense step answers; a late one comes
-after that answer and has nothing to do with it. Every part keeps, or reads, an eighth of the context.
+record) answers questions about a context of pairs with the full cache, so what is lost is lost by
+what was dropped or not read. The first question is the prompt's last token, which eviction can see
+and which its last dense step answers; a late one comes after that answer and has nothing to do with
+it. Every part keeps, or reads, an eighth of the context.
 """
 
 from importlib.resources import files

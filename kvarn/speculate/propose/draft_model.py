@@ -84,7 +84,8 @@ class DraftModel(Part):
         self.draws, self.head = draws, head
         if head is not None:
             runner.watcher = self._judge
-        self._accepted: dict[int, float] = {}  # by image row: the head's word on the last token
+        self._own: dict[int, float] = {}  # by image row: the drafter's word on its newest token
+        self._accepted: dict[int, float] = {}  # by image row: the head's word on the one before
         self._followers: dict[SeqId, _Follower] = {}
         self._gone: list[SeqId] = []  # rows that the runner must forget
         self._step = 0
@@ -230,12 +231,14 @@ class DraftModel(Part):
                 drafts[span.seq].most = 0  # a fault of the drafter's logits ends the draft only
                 continue
             one, row = drafts[span.seq], self.runner.image.row(span.seq)
+            own = math.exp(extra.logprobs[0].logprob)
             if self.head is not None:
                 if one.draft.tokens:
                     one.draft.confidence[-1] = self._accepted[row]
                 one.draft.confidence.append(1.0)
+                self._own[row] = own
             else:
-                one.draft.confidence.append(math.exp(extra.logprobs[0].logprob))
+                one.draft.confidence.append(own)
             one.draft.tokens.append(result.tokens[i][0])
             if self.draws is not None:
                 q = self.draws.q.get(row)
@@ -244,7 +247,8 @@ class DraftModel(Part):
     def _judge(self, rows: Ints, hidden: Tensor) -> None:
         """What the head says of the tokens that a pass has consumed."""
         assert self.head is not None
-        self._accepted = dict(zip(rows.tolist(), self.head.accepted(hidden)))
+        own = torch.tensor([self._own.get(row, 1.0) for row in rows.tolist()])
+        self._accepted = dict(zip(rows.tolist(), self.head.accepted(hidden, own)))
 
     def _go_on(self, drafts: dict[SeqId, _Draft], control: LengthControl) -> None:
         """A token more for all whose draft is not long enough, until there is nobody left."""

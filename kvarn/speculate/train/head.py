@@ -1,7 +1,9 @@
 """The acceptance head of SpecDec++ (arXiv 2405.19715): will the target accept this drafted token?
 
 A few residual blocks over the drafter's last hidden state at the token, as the drafter consumes it:
-so the answer comes one token late, and the newest token of a draft has none yet. Labels are soft:
+so the answer comes one token late, and the newest token of a draft has none yet. Beside it stands
+what the drafter itself thought of the token (ours: on a small drafter the hidden state alone knows
+less than that), and the head begins as a repetition of it. Labels are soft:
 min(1, p / q) of a drawn token, and whether it is the target's own choice of a likeliest one (half
 of the texts each: requests are of both kinds). The head must see drafts, not only text: what it is
 trained on is text in which most tokens are the drafter's ("token mixing").
@@ -31,27 +33,31 @@ FILE = "acceptance.safetensors"  #: beside the drafter's own weights
 
 
 class AcceptanceHead(nn.Module):
-    """Hidden states [n, hidden] of drafted tokens -> log-odds [n] of their acceptance."""
+    """Hidden states [n, hidden] of drafted tokens, and the drafter's own probability of each [n]
+    -> log-odds [n] of their acceptance."""
 
     def __init__(self, hidden: int, depth: int = 3) -> None:
-        """Begins as one half for everything."""
+        """Begins as the drafter's own probability."""
         super().__init__()
         self.blocks = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth))
-        self.out = nn.Linear(hidden, 1)
+        self.out = nn.Linear(hidden + 1, 1)
         nn.init.zeros_(self.out.weight)
+        nn.init.ones_(self.out.weight[:, -1:])
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, own: Tensor) -> Tensor:
         """See the class."""
         for block in self.blocks:
             x = x + silu(block(x))
-        odds: Tensor = self.out(x).squeeze(-1)
+        own = own.to(x).clamp(1e-4, 1 - 1e-4).logit()
+        odds: Tensor = self.out(torch.cat((x, own.unsqueeze(-1)), -1)).squeeze(-1)
         return odds
 
     @torch.inference_mode()
-    def accepted(self, hidden: Tensor) -> list[float]:
+    def accepted(self, hidden: Tensor, own: Tensor) -> list[float]:
         """Probabilities of acceptance, of hidden states of any dtype."""
-        found: list[float] = self(hidden.to(self.out.weight.dtype)).sigmoid().tolist()
+        weight = self.out.weight
+        found: list[float] = self(hidden.to(weight.dtype), own.to(weight)).sigmoid().tolist()
         return found
 
 
@@ -72,7 +78,7 @@ def load_head(folder: Path, hidden: int, device: torch.device) -> AcceptanceHead
         )
     with safe_open(path, framework="pt") as file:
         state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    found = state["out.weight"].shape[1]
+    found = state["out.weight"].shape[1] - 1
     if found != hidden:
         raise ConfigError(
             f"{path} is for hidden states of {found} numbers, and the drafter's have {hidden}: "
@@ -159,8 +165,10 @@ def train_head(
     rng = Random(seed)
     for step in range(steps):
         some = rng.sample(taught, min(batch, len(taught)))
-        hidden, accepted = (torch.cat(x) for x in zip(*((s.hidden, s.accepted) for s in some)))
-        loss = weighted_bce(head(hidden), accepted, weight)
+        hidden, own, accepted = (
+            torch.cat(x) for x in zip(*((s.hidden, s.confidence, s.accepted) for s in some))
+        )
+        loss = weighted_bce(head(hidden, own), accepted, weight)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
