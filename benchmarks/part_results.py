@@ -5,6 +5,7 @@ typed in by hand.
 """
 
 import json
+from statistics import mean
 from typing import Any
 
 from cells import ROOT, cell
@@ -19,7 +20,7 @@ Row = dict[str, Any]
 def part_results(results: Results) -> list[Row]:
     """One row for each part that was measured: kind, name, result in words, and its file."""
     found = {(row["kind"], row["name"]): row for row in modelled(results)}
-    for row in [*speculated(results), *kept(results), *selected(results)]:
+    for row in [*speculated(results), *kept(results), *selected(results), *filtered(results)]:
         found[row["kind"], row["name"]] = row
     return [found[key] for key in sorted(found)]
 
@@ -84,6 +85,23 @@ def selected(results: Results) -> list[Row]:
     rows = [one for one in _rows(results, "reproduce-selection") if _name(one[2]) not in dropped]
     shares = [row["read"] / result["workload"]["prompt"] for _, result, row in rows]
     return _least(rows, shares, "read a step")
+
+
+def filtered(results: Results) -> list[Row]:
+    """Parts that choose what of a prompt goes on: needles found, over those of the whole prompt."""
+    found: dict[str, list[tuple[float, float, str]]] = {}
+    for file, result, row in _rows(results, "reproduce-filter"):
+        if row["set"].startswith("needle"):
+            mine = (row[result["experiment"]], row["full"], file)
+            found.setdefault(result["experiment"], []).append(mine)
+    return [
+        {
+            "kind": "sparsity", "name": name, "file": all_[0][2],
+            "result": f"needle found in {cell(mean(x for x, _, _ in all_))} of the questions, with "
+            f"the whole prompt in {cell(mean(x for _, x, _ in all_))}",
+        }
+        for name, all_ in found.items()
+    ]  # fmt: skip
 
 
 def _name(row: Row) -> str:
