@@ -1,12 +1,13 @@
 """Train the drafter of SmolLM2-135M-Instruct on its own text, and measure it.
 
-    python benchmarks/train_drafter.py corpus WORK    # the target writes; about 25 minutes
-    python benchmarks/train_drafter.py train WORK     # distil; about 10 minutes
+    python benchmarks/train_drafter.py corpus WORK    # the target writes
+    python benchmarks/train_drafter.py train WORK     # distil
     python benchmarks/train_drafter.py measure WORK   # acceptance on topics never trained on
-    python benchmarks/train_drafter.py head WORK      # its acceptance head; about 5 minutes
+    python benchmarks/train_drafter.py head WORK      # its acceptance head
 
-`WORK` is a folder for text; times are of two CPU cores. The drafter goes to `--folder`, by default
-the one that kvarn ships, and measurements to `--json`.
+`WORK` is a folder for text. On an NVIDIA GPU where there is one: give `--minutes`,
+`--epochs` and `--batch` that fit. The drafter goes to `--folder`, by default the one that kvarn
+ships, and measurements to `--json`.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from kvarn.speculate.train import head as head_
 from kvarn.speculate.train.acceptance import measure
 from kvarn.speculate.train.drafter import Schedule, Trained, train
 from kvarn.speculate.train.load import load_drafter, load_network
-from kvarn.speculate.train.network import from_target, save
+from kvarn.speculate.train.network import Network, from_target, save
 
 TARGET = "smollm2-135m"
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,34 +42,52 @@ def write_corpus(args: argparse.Namespace) -> None:
     """Text to train on for `--minutes`, then the text to measure with."""
     from kvarn.engine.llm import LLM
 
-    llm, began = LLM(TARGET, max_seqs=96, threads=args.threads), time.perf_counter()
+    teacher = whole_target(args)
+    options = {"max_queue": 1 << 20, "max_seqs": args.seqs, "kv_memory": args.kv_memory}
+    llm, began = LLM(TARGET, threads=args.threads, **options), time.perf_counter()
 
     def go_on(made: int) -> bool:
         seconds = time.perf_counter() - began
         print(f"{made} tokens, {made / seconds:.0f} a second", flush=True)
         return seconds < 60 * args.minutes
 
-    corpus.generate(llm, args.work / "train", 10_000, go_on=go_on)
+    corpus.generate(
+        llm, teacher, args.work / "train", 10_000, per_shard=args.per_shard, go_on=go_on
+    )
     for seed, (name, heat) in enumerate(HELD_OUT.items(), 1):
         corpus.generate(
-            llm, args.work / name, 1, held_out=True, per_shard=96, max_tokens=128,
-            temperatures={heat: 1.0}, seed=1_000_000 * seed,
+            llm, teacher, args.work / name, 1, held_out=True, per_shard=args.held_out,
+            max_tokens=128, temperatures={heat: 1.0}, seed=1_000_000 * seed,
         )  # fmt: skip
     llm.close()
 
 
-def train_drafter(args: argparse.Namespace) -> None:
-    """Distil the corpus into a drafter and save it with its history."""
+def from_layers(layers: list[int] | None, ffn: int | None) -> Network:
+    """Layers of the target that can be trained; None: all of them, whole."""
     file = locate(TARGET).gguf()
     if file is None:
         raise SystemExit(f"{TARGET} is not a .gguf file here")
     spec = spec_from_gguf(file, TARGET)
+    layers = list(range(spec.n_layers)) if layers is None else layers
+    return from_target(spec, GGUFWeights(file, spec), layers, ffn or spec.ffn)
+
+
+def whole_target(args: argparse.Namespace) -> Network:
+    """The target, to label text with."""
+    return from_layers(None, None).to(args.device)
+
+
+def train_drafter(args: argparse.Namespace) -> None:
+    """Distil the corpus into a drafter and save it with its history."""
     samples = corpus.read(args.work / "train")
-    network = from_target(spec, GGUFWeights(file, spec), args.layers, args.ffn)
-    how, began = Schedule(epochs=args.epochs), time.perf_counter()
+    network = from_layers(args.layers, args.ffn).to(args.device)
+    if args.vocab:
+        network.drafts = corpus.common(samples, args.vocab, network.spec.vocab)
+    how = Schedule(epochs=args.epochs, batch=args.batch, others=args.others)
+    began = time.perf_counter()
 
     def progress(so_far: Trained) -> None:
-        if so_far.steps % 25 == 0:
+        if so_far.steps % 100 == 0:
             recent, seconds = so_far.losses[-25:], time.perf_counter() - began
             print(
                 f"step {so_far.steps}: KL {sum(recent) / len(recent):.3f} nats, {seconds:.0f} s",
@@ -79,6 +98,7 @@ def train_drafter(args: argparse.Namespace) -> None:
     about = {
         "target": TARGET,
         "from_layers": args.layers,
+        "vocabulary": args.vocab or network.spec.vocab,
         "sequences": len(samples),
         "corpus_tokens": sum(len(sample.top) for sample in samples),
         "steps": done.steps,
@@ -190,8 +210,18 @@ def main() -> None:
     parser.add_argument("--weight", type=float, default=1.0, help="of rejections, for the head")
     parser.add_argument("--minutes", type=float, default=24.0, help="of writing text")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seqs", type=int, default=96, help="written at once")
+    parser.add_argument("--per-shard", type=int, default=256, help="texts of a file")
+    parser.add_argument(
+        "--held-out", type=int, default=96, help="texts to measure with, of each kind"
+    )
+    parser.add_argument("--kv-memory", type=float, default=0.0, help="of writing text [GiB]")
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 29], help="to begin from")
     parser.add_argument("--ffn", type=int, default=512, help="neurons kept of each layer")
+    parser.add_argument("--vocab", type=int, default=8192, help="tokens it drafts; 0: all")
+    parser.add_argument("--batch", type=int, default=16, help="texts a step")
+    parser.add_argument("--others", type=int, default=2048, help="tokens that stand for the rest")
     parser.add_argument("--epochs", type=float, default=3.0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -48,7 +48,7 @@ def make_trainer(
 
     def build(tensors: dict[str, Tensor]) -> Decoder:
         with torch.no_grad():
-            return make_drafter(spec, Held(tensors), target, kind, deterministic)
+            return make_drafter(spec, Held(tensors), network.drafts, target, kind, deterministic)
 
     inline = config.train_drafter == "inline"
     # a thread gives way to steps, so what it takes is processor time; between steps all wait for it

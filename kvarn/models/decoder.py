@@ -52,10 +52,12 @@ class Decoder:
         max_len: int | None = None,
         group: Collective = ALONE,
         share: "Decoder | None" = None,
+        drafts: Tensor | None = None,
     ) -> None:
         """Read every tensor from `weights`; `max_len` bounds the positions [tokens].
 
-        The embedding and the output matrix are those of `share` where it is given, not copies.
+        The embedding and the output matrix are those of `share` where it is given, not copies; of
+        the output matrix only the rows of the tokens `drafts` [n], a copy, where these are given.
 
         In a group of ranks, this rank's part of them: `self.spec` is then the shape of that part.
         """
@@ -73,6 +75,8 @@ class Decoder:
         self.layers = [reader.layer(i) for i in range(spec.n_layers)]
         self.norm = reader.norm("norm.weight", spec.hidden)
         self.head: Linear = reader.head(self.embed) if share is None else share.head
+        if drafts is not None:
+            self.head = reader.some_rows(self.embed, drafts)
         self.ropes = self._ropes(max_len or spec.max_len)
         self.weight_bytes = reader.n_bytes
         self.forms = reader.forms  #: matrices by the form that multiplies by them

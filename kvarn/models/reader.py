@@ -12,6 +12,7 @@ from kvarn.kernels.collective import ALONE, Collective, Joined, Summed
 from kvarn.kernels.linear import SHARES_MEMORY, Mode, make_linear
 from kvarn.kernels.linear.base import Linear
 from kvarn.kernels.linear.quantize import joined, moved
+from kvarn.kernels.linear.some_rows import SomeRows
 from kvarn.kernels.linear.stored import Stored
 from kvarn.models.shard import Divisible, ShardedWeights, holding, widths
 from kvarn.models.weights import Weights
@@ -93,6 +94,11 @@ class Reader:
         if self.mode in SHARES_MEMORY:
             self.n_bytes = shared
         return head
+
+    def some_rows(self, embed: Tensor, tokens: Tensor) -> SomeRows:
+        """A tied output projection that gives the logits of `tokens` [n] alone."""
+        tokens = tokens.to(self.device)
+        return SomeRows(self._linear(embed[tokens], None), tokens, self.spec.vocab)
 
     def layer(self, i: int) -> Layer:
         """Every weight of layer `i`."""

@@ -1,8 +1,9 @@
 """Text to distil from: prompts by template, continued by the target model itself.
 
 A drafter is only asked about text that the target writes, so that is what it learns from. With
-every token come the target's `TOP` most likely ones and their logprobs: training then needs no pass
-of the target. Shards are written as they are made, so a run that stops early has what it made.
+every token are kept the target's `TOP` most likely ones and their logprobs, of one more pass over
+the text: training then needs none. Shards are written as they are made, so a run that stops early
+has what it made.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +16,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from kvarn.core.errors import ConfigError
 from kvarn.core.request import SamplingParams
+from kvarn.speculate.train.network import Network, autocast
 
 TOP = 20  #: alternatives kept with each token: as many as a request may ask for
 
@@ -35,7 +38,21 @@ thunderstorms; dolphins; steam engines; democracy; prime numbers; the piano; pen
 turbines; Shakespeare; nutrition; satellites; the Sahara; knitting; memory; oceans; budgets;
 elephants; telescopes; cheese; friendship; hurricanes; maps; ants; the Renaissance; running a
 marathon; batteries; forests; job interviews; pyramids; salt; the internet; butterflies; insulin;
-skiing; the Titanic; sound waves; rice; the Industrial Revolution; spiders;
+skiing; the Titanic; sound waves; rice; the Industrial Revolution; spiders; airports; sharks; the
+Cold War; clouds; pottery; the immune system; subways; bread flour;
+Saturn; ballet; carbon dioxide; bamboo; the Vikings' ships; handwriting; a healthy breakfast; the
+United Nations; hummingbirds; concrete; the alphabet; karate; parrots; fractions; waterfalls; the
+Middle Ages; podcasts; lemons; the stomach; helicopters; the Great Depression; snowflakes; ferns;
+violins and cellos; sleepwalking; the Moon; houseplants; credit scores; volleyball; mosquitoes;
+theatre; fireworks; the ozone layer; buses; peanut butter; sculptures; tides; basketball; turtles;
+the Berlin Wall; mountains; photography; vitamins; rockets; frogs; the Constitution; dreams; soup;
+encryption; seeds; marathons for beginners; the Nile; typewriters; bacteria; the opera house in
+Sydney; babysitting; statistics; rain; pirates; the human eye; databases; weddings; crows; steel;
+the Pacific Ocean; moving to a new city; crosswords; potatoes; laser light; the Inca empire; fear;
+a lost wallet; learning a language; Monday mornings; an old house by the sea; small businesses;
+teamwork; kindness; the first day of school; a dragon and a baker; museums; the Arctic; tomatoes;
+remote work; noise; public speaking; camping; trust; chemistry; email; shoes; the weather; pencils;
+algebra; a broken clock; neighbours; water; superheroes; autumn; the speed of light; grandparents;
 """.replace("\n", " ")  # fmt: skip
 
 #: never trained on: what acceptance is measured with
@@ -90,7 +107,7 @@ def prompts(held_out: bool, seed: int) -> Iterator[tuple[bool, str]]:
 
 
 class Generator(Protocol):
-    """What makes the text: an engine in this program (`kvarn.engine.llm.LLM`)."""
+    """What writes the text: an engine in this program (`kvarn.engine.llm.LLM`)."""
 
     tokenizer: Any
 
@@ -111,6 +128,7 @@ class Sample:
 
 def generate(
     llm: Generator,
+    teacher: Network,
     folder: Path,
     n_shards: int,
     *,
@@ -123,11 +141,12 @@ def generate(
 ) -> int:
     """Write up to `n_shards` shards of `per_shard` sequences into `folder`; tokens made.
 
+    `teacher` is the target whole, as `from_target` makes it of all of its layers.
     `go_on(tokens so far)` is asked after each shard.
     """
     folder.mkdir(parents=True, exist_ok=True)
     source, rng, made = prompts(held_out, seed), Random(seed + 1), 0
-    base = SamplingParams(max_tokens=max_tokens, logprobs=TOP)
+    base = SamplingParams(max_tokens=max_tokens)
     for shard in range(n_shards):
         asked, params = list[list[int]](), list[SamplingParams]()
         for i in range(per_shard):
@@ -135,7 +154,9 @@ def generate(
             asked.append(_ids(llm.tokenizer, chat, text))
             (heat,) = rng.choices(list(temperatures), list(temperatures.values()))
             params.append(replace(base, temperature=heat, seed=seed + shard * per_shard + i))
-        samples = [_sample(done) for done in llm.generate(asked, params)]
+        done = llm.generate(asked, params)
+        texts = [(one.prompt_tokens, one.outputs[0].tokens) for one in done]
+        samples = labelled(teacher, [text for text in texts if text[1]])
         write(folder / f"shard-{shard:04d}.safetensors", samples)
         made += sum(len(sample.top) for sample in samples)
         if not go_on(made):
@@ -150,17 +171,30 @@ def _ids(tokenizer: Any, chat: bool, text: str) -> list[int]:
     return list(tokenizer.encode(whole, add_special=False))
 
 
-def _sample(done: Any) -> Sample:
-    """From a completion of the engine."""
-    (output,) = done.outputs
-    tops = [about.top[:TOP] for about in output.logprobs]
-    n = min(len(tops), len(output.tokens))
-    return Sample(
-        tokens=torch.tensor(done.prompt_tokens + output.tokens[:n]),
-        prompt=len(done.prompt_tokens),
-        top=torch.tensor([[token for token, _ in top] for top in tops[:n]]).view(n, TOP),
-        logprobs=torch.tensor([[logprob for _, logprob in top] for top in tops[:n]]).view(n, TOP),
-    )
+@torch.no_grad()
+def labelled(
+    teacher: Network, texts: Sequence[tuple[list[int], list[int]]], batch: int = 32
+) -> list[Sample]:
+    """Texts (prompt, what follows), with the teacher's word on every token of what follows."""
+    samples, device = list[Sample](), teacher.embed.device
+    for start in range(0, len(texts), batch):
+        some = texts[start : start + batch]
+        tokens = [torch.tensor(prompt + wrote) for prompt, wrote in some]
+        with autocast(device):
+            states = teacher(pad_sequence(tokens, batch_first=True).to(device))
+        for i, (prompt, wrote) in enumerate(some):
+            here = states[i, len(prompt) - 1 : len(prompt) - 1 + len(wrote)]
+            logits = (here.to(teacher.embed.dtype) @ teacher.embed.T).float()
+            best = logits.log_softmax(1).topk(TOP)
+            found = best.indices.cpu(), best.values.cpu()
+            samples.append(Sample(tokens[i], len(prompt), *found))
+    return samples
+
+
+def common(samples: Sequence[Sample], size: int, vocab: int) -> Tensor:
+    """The `size` tokens that the target writes most often, ascending."""
+    wrote = torch.cat([sample.tokens[sample.prompt :] for sample in samples])
+    return wrote.bincount(minlength=vocab).topk(size).indices.sort().values
 
 
 def write(path: Path, samples: Sequence[Sample]) -> None:

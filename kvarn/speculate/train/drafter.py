@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kvarn.core.errors import ConfigError
 from kvarn.speculate.train.corpus import Sample
-from kvarn.speculate.train.network import Network
+from kvarn.speculate.train.network import Network, autocast
 
 POOL = 16  #: batches that sequences of like length are gathered from, against padding
 
@@ -69,7 +69,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = how.rate * _warmth(step, n_steps, how.warmup)
         batch = next(source)
-        with autocast():
+        with autocast(network.embed.device):
             loss = distillation_loss(network, batch, how.others, generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -87,12 +87,6 @@ def _warmth(step: int, n_steps: int, warmup: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, n_steps - warmup))
-
-
-def autocast() -> torch.autocast:
-    """Products in bf16 where the CPU has instructions for them."""
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.autocast("cpu", torch.bfloat16, enabled=fast)
 
 
 def batches(samples: Sequence[Sample], size: int, seed: int) -> Iterator[list[Sample]]:
@@ -116,15 +110,17 @@ def distillation_loss(
     network: Network, batch: Sequence[Sample], others: int, generator: torch.Generator
 ) -> Tensor:
     """Mean KL(target || drafter) over the batch's output positions [nats]."""
+    device = network.embed.device
     tokens = pad_sequence([sample.tokens for sample in batch], batch_first=True)
-    states = network(tokens)
+    states = network(tokens.to(device))
     # the state at a token foretells the next one
     wanted = torch.cat(
         [states[i, s.prompt - 1 : s.prompt - 1 + len(s.top)] for i, s in enumerate(batch)]
     )
-    labels = torch.cat([sample.top for sample in batch])
+    labels = torch.cat([sample.top for sample in batch]).to(device)
+    said = torch.cat([sample.logprobs for sample in batch]).to(device)
     chosen = logprobs_of(network, wanted, labels, others, generator)
-    return divergence(torch.cat([sample.logprobs for sample in batch]), chosen).mean()
+    return divergence(said, chosen).mean()
 
 
 def logprobs_of(
@@ -135,14 +131,15 @@ def logprobs_of(
     Logits are computed for all labels and for `others` more tokens, each of which stands for many:
     the sum over the vocabulary is then an estimate without bias, for a small part of the work.
     """
+    device = labels.device
     named, places = torch.unique(labels, return_inverse=True)
-    rest = torch.ones(network.spec.vocab, dtype=torch.bool)
+    rest = torch.ones(network.spec.vocab, dtype=torch.bool, device=device)
     rest[named] = False
     unnamed = rest.nonzero().squeeze(1)
-    drawn = unnamed[torch.randperm(len(unnamed), generator=generator)[:others]]
+    drawn = unnamed[torch.randperm(len(unnamed), generator=generator)[:others].to(device)]
     table = network.embed[torch.cat((named, drawn))].bfloat16()
     logits = (states.to(table.dtype) @ table.T).float()
-    weight = torch.zeros(logits.shape[1])
+    weight = torch.zeros(logits.shape[1], device=device)
     if len(drawn):
         weight[len(named) :] = math.log(len(unnamed) / len(drawn))
     return logits.gather(1, places) - (logits + weight).logsumexp(1, keepdim=True)

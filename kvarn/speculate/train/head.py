@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.functional import linear, logsigmoid, silu
+from torch.nn.functional import logsigmoid, silu
 
 from kvarn.core.errors import ConfigError
 from kvarn.speculate.train.corpus import Sample
@@ -107,27 +107,29 @@ def lesson(
     The text that the head sees has the target's token with probability `mixing`, else the draft;
     only places where the draft stands count.
     """
-    place, wrote = sample.prompt, sample.tokens[sample.prompt :]
-    states = network(sample.tokens[:-1].unsqueeze(0))[0, place - 1 :]
-    q = linear(states.to(network.embed.dtype), network.embed).float().softmax(1)
+    device, place = network.embed.device, sample.prompt
+    tokens, top = sample.tokens.to(device), sample.top.to(device)
+    wrote = tokens[place:]
+    states = network(tokens[:-1].unsqueeze(0))[0, place - 1 :]
+    q = network.logits(states).softmax(1)
     drafts = q.argmax(1) if greedy else _drawn(q, generator)
     confidence = q.gather(1, drafts.unsqueeze(1)).squeeze(1)
     if greedy:
-        accepted = (drafts == sample.top[:, 0]).float()
+        accepted = (drafts == top[:, 0]).float()
     else:
-        named = sample.top == drafts.unsqueeze(1)  # what is not among the labels has next to none
-        p = (named * sample.logprobs.exp()).sum(1)
+        named = top == drafts.unsqueeze(1)  # what is not among the labels has next to none
+        p = (named * sample.logprobs.to(device).exp()).sum(1)
         accepted = (p / confidence).clamp_max(1.0)
-    text = torch.rand(len(wrote), generator=generator) < mixing
-    mixed = torch.cat((sample.tokens[:place], torch.where(text, wrote, drafts)))
+    text = (torch.rand(len(wrote), generator=generator) < mixing).to(device)
+    mixed = torch.cat((tokens[:place], torch.where(text, wrote, drafts)))
     mine = mixed[place:] == drafts
     hidden = network(mixed.unsqueeze(0))[0, place:]
-    return Lesson(hidden[mine], accepted[mine], confidence[mine])
+    return Lesson(*(x[mine].cpu() for x in (hidden, accepted, confidence)))
 
 
 def _drawn(q: Tensor, generator: torch.Generator) -> Tensor:
     """A token [n] of each distribution [n, vocab]; `torch.multinomial` takes a number for each."""
-    u = torch.rand(len(q), 1, generator=generator)
+    u = torch.rand(len(q), 1, generator=generator).to(q.device)
     return torch.searchsorted(q.cumsum(1), u).squeeze(1).clamp_max(q.shape[1] - 1)
 
 

@@ -21,7 +21,7 @@ from kvarn.models.pull import ALIASES
 from kvarn.models.quantized.convert import Converted, Kind, Source
 from kvarn.models.safetensors_file import SafetensorsWeights
 from kvarn.models.weights import Part
-from kvarn.speculate.train.network import Network
+from kvarn.speculate.train.network import DRAFTS, Network
 
 
 def shipped(name: str) -> Path | None:
@@ -62,18 +62,25 @@ def load_drafter(
 ) -> Decoder:
     """The drafter in `folder` (as `network.save` writes it) for a target that is loaded.
 
-    It shares the target's embedding and output matrix, quantised if the target's is, and lives on
-    its device in its dtype; `quantization` is of its own layers. Raises `ConfigError` where the
-    folder is no such drafter or the two do not fit, `ModelError` for broken files.
+    It shares the target's embedding and output matrix, quantised if the target's is (of a
+    vocabulary of its own it has the rows, never quantised), and lives on its device in its dtype;
+    `quantization` is of its own layers. Raises `ConfigError` where the folder is no such drafter or
+    the two do not fit, `ModelError` for broken files.
     """
-    spec = _spec(folder, target)
-    return make_drafter(spec, SafetensorsWeights(folder), target, quantization, deterministic)
+    spec, weights = _spec(folder, target), SafetensorsWeights(folder)
+    drafts = _drafts(weights, spec)
+    return make_drafter(spec, weights, drafts, target, quantization, deterministic)
 
 
 def make_drafter(
-    spec: ModelSpec, weights: Source, target: Model, quantization: Kind, deterministic: bool
+    spec: ModelSpec,
+    weights: Source,
+    drafts: Tensor | None,
+    target: Model,
+    quantization: Kind,
+    deterministic: bool,
 ) -> Decoder:
-    """`load_drafter` from weights that are there."""
+    """`load_drafter` from weights that are there, and the tokens that it drafts."""
     mode = linear_mode(EngineConfig(deterministic=deterministic), target.device, target.dtype, spec)
     return Decoder(
         spec,
@@ -84,6 +91,7 @@ def make_drafter(
         max_len=len(next(iter(target.decoder.ropes.values())).cos),
         group=target.decoder.group,
         share=target.decoder,
+        drafts=drafts,
     )
 
 
@@ -91,10 +99,22 @@ def load_network(folder: Path, target: Model) -> Network:
     """The drafter in `folder` as it can be trained; raises as `load_drafter` does."""
     weights = SafetensorsWeights(folder)
     network = Network(_spec(folder, target), target.decoder.embed)
+    network.drafts = _drafts(weights, network.spec)
+    network.to(target.device)
     with torch.no_grad():
         for name, x in network.state_dict().items():
             x.copy_(weights.read(name, tuple(x.shape)))
     return network
+
+
+def _drafts(weights: SafetensorsWeights, spec: ModelSpec) -> Tensor | None:
+    """The tokens that a drafter drafts, where these are not all."""
+    if DRAFTS not in weights:
+        return None
+    drafts = weights.tensor(DRAFTS, None, ("I32",)).long()
+    if drafts.dim() != 1 or not len(drafts) or int(drafts[-1]) >= spec.vocab or drafts[0] < 0:
+        raise weights.broken(DRAFTS, f"is no list of tokens below {spec.vocab}")
+    return drafts
 
 
 def _spec(folder: Path, target: Model) -> ModelSpec:

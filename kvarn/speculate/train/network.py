@@ -1,7 +1,9 @@
 """The layers of a drafter in torch's own modules, so that they can be trained.
 
 Named and computed as checkpoints of Llama are: what is saved is what `kvarn.models` loads. The
-embedding, which is the output matrix too, is the target's, frozen and never saved.
+embedding, which is the output matrix too, is the target's, frozen and never saved. A drafter may
+have a vocabulary of its own to draft from (FR-Spec, arXiv 2502.14856): the rows of the output
+matrix that it multiplies by, which for a small target are most of what a draft reads.
 """
 
 import json
@@ -18,6 +20,14 @@ from kvarn.core.errors import ConfigError
 from kvarn.core.model import ModelSpec
 from kvarn.kernels.rope import frequencies
 from kvarn.models.weights import Weights
+
+DRAFTS = "drafts"  #: the tensor beside the weights that names the tokens it drafts
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Products in bf16 where the device has instructions for them."""
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast or device.type != "cpu")
 
 
 class Attention(nn.Module):
@@ -82,21 +92,36 @@ class Network(nn.Module):
     def __init__(self, spec: ModelSpec, embed: Tensor) -> None:
         """`embed` [vocab, hidden] is the target's."""
         super().__init__()
-        self.spec, self.embed = spec, embed
+        self.spec = spec
+        self.embed: Tensor
+        self.register_buffer("embed", embed, persistent=False)
+        #: [n] ascending: the tokens that it drafts; None: all. Training sees all of them
+        self.drafts: Tensor | None = None
         self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.n_layers))
         self.norm = nn.RMSNorm(spec.hidden, spec.norm_eps)
-        self.rates = frequencies(spec.head_dim, spec.rope_theta, spec.rope_scaling)
+        self.rates: Tensor
+        rates = frequencies(spec.head_dim, spec.rope_theta, spec.rope_scaling)
+        self.register_buffer("rates", rates, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Hidden states; what follows a row's end is of no consequence to what comes before."""
-        angles = torch.outer(torch.arange(tokens.shape[1], dtype=torch.float32), self.rates)
-        angles = torch.cat((angles, angles), -1).to(tokens.device)
+        places = torch.arange(tokens.shape[1], dtype=torch.float32, device=tokens.device)
+        angles = torch.outer(places, self.rates).repeat(1, 2)
         turns = angles.cos(), angles.sin()
         x = embedding(tokens, self.embed).float()
         for layer in self.layers:
             x = layer(x, turns)
         hidden: Tensor = self.norm(x)
         return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What it drafts by: fp32 [n, vocab] of states [n, hidden]."""
+        hidden = hidden.to(self.embed.dtype)
+        if self.drafts is None:
+            return (hidden @ self.embed.T).float()
+        found = hidden.new_full((len(hidden), len(self.embed)), -torch.inf, dtype=torch.float32)
+        drafts = self.drafts.to(hidden.device)
+        return found.index_copy_(1, drafts, (hidden @ self.embed[drafts].T).float())
 
 
 def _turned(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
@@ -163,4 +188,6 @@ def save(network: Network, folder: Path, about: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     state = {name: x.detach().bfloat16().contiguous() for name, x in network.state_dict().items()}
-    save_file(state, folder / "model.safetensors")
+    if network.drafts is not None:
+        state[DRAFTS] = network.drafts.int()
+    save_file({name: x.cpu() for name, x in state.items()}, folder / "model.safetensors")

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 
-from kvarn.speculate.train.drafter import autocast, logprobs_of
+from kvarn.speculate.train.drafter import logprobs_of
 from kvarn.speculate.train.lessons import Label, Lesson
-from kvarn.speculate.train.network import Network
+from kvarn.speculate.train.network import Network, autocast
 
 Loss = Literal["forward", "reverse", "jsd", "token"]
 SMALLEST = 1e-5  #: chance of the bucket of all other tokens, at least
@@ -87,7 +87,7 @@ class Student:
         return [one for one in labels if one.wrong] if self.how.wrong_only else labels
 
     def _step(self, batch: list[Lesson]) -> float:
-        with autocast():
+        with autocast(self.network.embed.device):
             loss = lesson_loss(self.network, batch, self.how, self._generator)
         found = loss.item()
         if not torch.isfinite(loss):
