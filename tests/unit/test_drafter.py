@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvarn.core.config import resolve
-from kvarn.core.errors import ConfigError
+from kvarn.core.errors import ConfigError, ModelError
 from kvarn.core.model import ModelSpec
 from kvarn.models.decoder import Decoder
 from kvarn.models.load import Model
@@ -16,7 +16,7 @@ from kvarn.speculate.train import corpus
 from kvarn.speculate.train.acceptance import causal, measure
 from kvarn.speculate.train.corpus import TOP, Sample
 from kvarn.speculate.train.drafter import Schedule, distillation_loss, divergence, train
-from kvarn.speculate.train.load import load_drafter, shipped
+from kvarn.speculate.train.load import load_drafter, load_network, shipped
 from kvarn.speculate.train.network import Network, from_target, save
 
 SPEC = ModelSpec(
@@ -57,6 +57,14 @@ def tiny_network() -> Network:
     return from_target(SPEC, WEIGHTS, [0, 2], 32)
 
 
+def as_saved(network: Network) -> Network:
+    """Its weights as a file holds them; the embedding is in no file."""
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.copy_(weight.bfloat16())
+    return network
+
+
 def test_three_steps_lower_the_loss() -> None:
     network, samples = tiny_network(), tiny_samples()
     how = Schedule(epochs=3, batch=8, rate=1e-2, warmup=1, others=97)
@@ -88,7 +96,7 @@ def test_divergence_is_zero_only_between_equals() -> None:
 
 
 def test_saved_and_loaded_drafter_says_the_same(tmp_path: Path) -> None:
-    network, target = tiny_network().bfloat16().float(), tiny_target()
+    network, target = as_saved(tiny_network()), tiny_target()
     save(network, tmp_path, {"steps": 0})
     drafter = load_drafter(tmp_path, target)
     tokens = torch.arange(20) % SPEC.vocab
@@ -109,6 +117,47 @@ def test_embedding_and_output_matrix_are_the_targets(tmp_path: Path) -> None:
     own = sum(p.numel() for p in tiny_network().parameters()) * 4
     assert own <= drafter.weight_bytes < 1.2 * own  # rows are padded for the compiled products
     assert (tmp_path / "model.safetensors").stat().st_size < own
+
+
+def test_a_vocabulary_of_its_own_gives_the_same_logits_for_those_tokens(tmp_path: Path) -> None:
+    target, tokens = tiny_target(), torch.arange(20) % SPEC.vocab
+    network = as_saved(tiny_network())
+    save(network, tmp_path / "all", {})
+    network.drafts = torch.tensor([3, 5, 60, 96])
+    save(network, tmp_path / "few", {})
+    every, few = (logits(load_drafter(tmp_path / name, target), tokens) for name in ("all", "few"))
+    assert few.shape == every.shape
+    assert torch.allclose(few[:, network.drafts], every[:, network.drafts], atol=1e-4)
+    others = torch.ones(SPEC.vocab, dtype=torch.bool).index_fill(0, network.drafts, False)
+    assert bool(torch.isneginf(few[:, others]).all())
+    with torch.no_grad():
+        trained = load_network(tmp_path / "few", target)
+        assert torch.allclose(trained.logits(trained(tokens[None])[0]), few, atol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [[], [3, 97], [-1, 3]])
+def test_a_vocabulary_that_the_target_lacks_is_refused(tmp_path: Path, wrong: list[int]) -> None:
+    network = tiny_network()
+    network.drafts = torch.tensor(wrong, dtype=torch.long)
+    save(network, tmp_path, {})
+    with pytest.raises(ModelError, match="no list of tokens below 97"):
+        load_drafter(tmp_path, tiny_target())
+
+
+def test_labels_are_what_the_target_says() -> None:
+    target, whole = tiny_target().decoder, from_target(SPEC, WEIGHTS, [0, 1, 2], SPEC.ffn)
+    texts = [([1, 2, 3], [4, 5]), ([6], [7, 8, 9])]
+    for sample, (prompt, wrote) in zip(corpus.labelled(whole, texts), texts, strict=True):
+        assert sample.prompt == len(prompt) and sample.tokens.tolist() == prompt + wrote
+        said = logits(target, sample.tokens)[len(prompt) - 1 : -1].log_softmax(1)
+        assert torch.allclose(said.gather(1, sample.top), sample.logprobs, atol=0.02)
+        assert torch.allclose(said.topk(TOP).values, sample.logprobs, atol=0.02)
+
+
+def test_common_tokens_are_counted_where_the_target_wrote() -> None:
+    top, said = torch.zeros(3, TOP, dtype=torch.long), torch.zeros(3, TOP)
+    samples = [Sample(torch.tensor([9, 9, 9, 9, 4, 2, 4]), 4, top, said)]
+    assert corpus.common(samples, 2, 10).tolist() == [2, 4]
 
 
 @pytest.mark.parametrize("field, word", [("vocab", "vocabulary"), ("hidden", "hidden size")])
@@ -173,4 +222,4 @@ def test_shipped_drafter_belongs_to_the_default_model() -> None:
     folder = shipped(resolve({}).config.model)
     assert folder is not None
     size = sum(file.stat().st_size for file in folder.iterdir())
-    assert size < 8 * 2**20
+    assert size < 17 * 2**20

@@ -112,7 +112,7 @@ def _drafts(weights: SafetensorsWeights, spec: ModelSpec) -> Tensor | None:
     if DRAFTS not in weights:
         return None
     drafts = weights.tensor(DRAFTS, None, ("I32",)).long()
-    if drafts.dim() != 1 or not len(drafts) or int(drafts[-1]) >= spec.vocab or drafts[0] < 0:
+    if drafts.dim() != 1 or not len(drafts) or drafts.min() < 0 or drafts.max() >= spec.vocab:
         raise weights.broken(DRAFTS, f"is no list of tokens below {spec.vocab}")
     return drafts
 
