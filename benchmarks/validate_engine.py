@@ -1,6 +1,6 @@
 """Does the simulator predict this machine? Trust protocol T2 (steps) and T3 (whole runs).
 
-    python benchmarks/validate_engine.py cpu|h100 [--pool slack|thrashing] [--json FILE]
+    python benchmarks/validate_engine.py cpu|h100|h200 [--pool slack|thrashing] [--json FILE]
 
 An engine serves random requests in real time and writes a step log. A cost model is fitted to the
 steps of some runs; steps of other runs, and the times of their requests, are predicted with it and
@@ -14,7 +14,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 from statistics import fmean, median
@@ -67,6 +67,7 @@ SETUPS = {
         60, (64, 2048), (16, 256), 2000,
     ),
 }  # fmt: skip
+SETUPS["h200"] = replace(SETUPS["h100"], device="H200", scarce=500)
 
 
 def make_trace(setup: Setup, rate: float, seed: int) -> Trace:
