@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvarn.bench.options import Fleet, Search, Traffic, Workload
+from kvarn.bench.options import Fleet, Paid, Search, Traffic, Workload
 from kvarn.cli_bench import serve_lines
 from kvarn.cli_options import takes
 
@@ -20,32 +20,38 @@ def add_sim(app: typer.Typer) -> None:
     app.command("sim")(_sim)
 
 
-@takes(fleet=Fleet, traffic=Traffic, work=Workload, search=Search)
+@takes(fleet=Fleet, traffic=Traffic, work=Workload, search=Search, paid=Paid)
 def _sim(
     fleet: dict[str, Any],
     traffic: dict[str, Any],
     work: dict[str, Any],
     search: dict[str, Any],
+    paid: dict[str, Any],
     json: ToFile = None,
     bounds: Bounds = False,
 ) -> int:
     """Simulate a cluster of engines: the same scheduler, cache and router, priced steps."""
-    from kvarn.bench import capacity, perfetto, plots, record, sim
+    from kvarn.bench import capacity, perfetto, plots, prices, record, sim
     from kvarn.bench.bounds import distances
 
     fleet_, work_, traffic_ = Fleet(**fleet), Workload(**work), Traffic(**traffic)
-    wanted = Search(**search)
+    wanted, money = Search(**search), prices.parse(Paid(**paid).price, fleet_)
     if traffic_.plots is not None:
         plots.ready(traffic_.plots)
+    if money and wanted.find != "fleet":
+        prices.per_hour(money, fleet_)  # a price that is missing is said before anything runs
     answer = None
     if search:
-        answer = capacity.search(fleet_, work_, traffic_, wanted)
+        answer = capacity.search(fleet_, work_, traffic_, wanted, money)
         fleet_, traffic_ = answer.fleet, answer.traffic
         done = sim.measured(fleet_, work_, traffic_, answer.trace)
         done.result["capacity"] = answer.report
     else:
         done = sim.run(fleet_, work_, traffic_)
     result = done.result
+    if money:
+        hour, each = prices.costs(money, fleet_, result["output_throughput"])
+        result |= {"cost_per_hour": hour, "cost_per_million_output_tokens": each}
     if traffic_.perfetto is not None:
         perfetto.write(done.outcome, traffic_.perfetto)
     if traffic_.plots is not None:
@@ -70,6 +76,8 @@ def sim_lines(result: dict[str, Any]) -> list[str]:
         f"{result['pages']} KV pages of {result['page_size']} positions ({result['pages_source']})",
         f"{result['steps']} steps simulated in {result['wall_seconds']:.1f} s",
     ]
+    if "cost_per_hour" in result:
+        lines.append(f"costs {cost_of(result)}")
     if result["attainment"] is not None:
         lines.append(f"{result['attainment']:.2%} of all requests met every target")
     for name, row in result.get("bounds", {}).items():
@@ -119,18 +127,27 @@ def fleet_lines(report: dict[str, Any], asked: str) -> list[str]:
     if best is None:
         lines = [f"no fleet that was tried attains {asked}"]
     else:
+        by = "price" if report["prices"] else "number of devices"
         lines = [
             f"cheapest fleet with {asked}: {best['instances']} x {best['device']} (tp={best['tp']})"
-            f", by number of devices, then energy; {report['simulations']} simulations"
+            f", by {by}, then energy; {report['simulations']} simulations"
         ]
     for one in report["candidates"]:
         found = one["reason"]
         if not found:
             found = f"{one['instances']} instances, {one['energy_j'] / 1000:.1f} kJ"
+            found += f", {cost_of(one)}" if report["prices"] else ""
         lines.append(f"{one['device']}, tp={one['tp']}: {found}")
         if one["curve"]:
             lines += curve_lines("instances", one["curve"])
     return lines
+
+
+def cost_of(row: dict[str, Any]) -> str:
+    """What a fleet costs, in the unit of the prices."""
+    each = row["cost_per_million_output_tokens"]
+    tokens = "no output tokens" if each is None else f"{each:.4g} per million output tokens"
+    return f"{row['cost_per_hour']:.4g} per hour, {tokens}"
 
 
 def curve_lines(name: str, curve: list[dict[str, Any]]) -> list[str]:

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from kvarn.bench import metrics, probes
+from kvarn.bench import metrics, prices, probes
 from kvarn.bench.options import Fleet, Search, Traffic, Workload
+from kvarn.bench.prices import Prices
 from kvarn.bench.probes import Probe
 from kvarn.bench.sim import find_spec, page_size_of, pages_by_formula, price_list
 from kvarn.bench.sim_load import find_trace, sessions_of
@@ -36,6 +37,8 @@ class Candidate:
     instances: int | None = None  #: the fewest that attain; None: none that was tried
     devices: int | None = None  #: instances x tp
     energy_j: float | None = None  #: of the whole run on the fewest
+    cost_per_hour: float | None = None  #: of the fewest; None without prices
+    cost_per_million_output_tokens: float | None = None  #: the same
     reason: str = ""  #: why it cannot serve the load, where it cannot
     curve: list[Probe] = field(default_factory=list)  #: its probes, by number of instances
 
@@ -51,11 +54,14 @@ class Found:
     attained: bool
 
 
-def search(fleet: Fleet, work: Workload, traffic: Traffic, wanted: Search) -> Found:
+def search(
+    fleet: Fleet, work: Workload, traffic: Traffic, wanted: Search, paid: Prices | None = None
+) -> Found:
     """Answer `wanted.find`; the options are checked before anything is simulated."""
     check(traffic, wanted)
-    find = rate_for if wanted.find == "rate" else fleet_for
-    return find(fleet, work, traffic, wanted)
+    if wanted.find == "rate":
+        return rate_for(fleet, work, traffic, wanted)
+    return fleet_for(fleet, work, traffic, wanted, paid)
 
 
 def check(traffic: Traffic, wanted: Search) -> None:
@@ -134,16 +140,25 @@ def scaled(
 # fleet
 
 
-def fleet_for(fleet: Fleet, work: Workload, traffic: Traffic, wanted: Search) -> Found:
-    """The fleet with the fewest devices that attains; of equals, the one that takes less energy."""
+def fleet_for(
+    fleet: Fleet, work: Workload, traffic: Traffic, wanted: Search, paid: Prices | None = None
+) -> Found:
+    """The cheapest fleet that attains; of equals, the one that takes less energy.
+
+    Cheapest is what costs least where there are prices, else what has the fewest devices.
+    """
     kinds = kinds_of(fleet, wanted)
+    for kind in kinds if paid else ():
+        prices.per_hour(paid or {}, kind)  # a price that is missing is said before anything runs
     spec, trace = find_spec(fleet.model), find_trace(work, traffic)
     if not len(trace):
         raise ConfigError(f"{trace.name} holds no request: any fleet would do")
-    tried = [_candidate(kind, spec, work, traffic, trace, wanted) for kind in kinds]
-    able = [(one.devices, one.energy_j, i) for i, one in enumerate(tried) if one.instances]
+    tried = [_candidate(kind, spec, work, traffic, trace, wanted, paid) for kind in kinds]
+    by = ["cost_per_hour" if paid else "devices", "energy_j"]
+    able = [(*(getattr(one, k) for k in by), i) for i, one in enumerate(tried) if one.instances]
     report = _asked(traffic, wanted) | {
-        "cheapest_by": ["devices", "energy_j"],
+        "cheapest_by": by,
+        "prices": paid,
         "simulations": sum(len(one.curve) for one in tried),
         "fleet": None,
         "candidates": [_candidate_row(one) for one in tried],
@@ -155,7 +170,7 @@ def fleet_for(fleet: Fleet, work: Workload, traffic: Traffic, wanted: Search) ->
         kind, one = held[0]
         most = replace(kind, instances=round(one.curve[-1].at))
         return Found(most, traffic, trace, report, False)
-    best = min(able)[2]
+    best = min(able)[-1]
     count = tried[best].instances
     assert count is not None
     chosen = replace(kinds[best], instances=count)
@@ -178,8 +193,9 @@ def kinds_of(fleet: Fleet, wanted: Search) -> list[Fleet]:
 
 
 def _candidate(
-    kind: Fleet, spec: ModelSpec, work: Workload, traffic: Traffic, trace: Trace, wanted: Search
-) -> Candidate:
+    kind: Fleet, spec: ModelSpec, work: Workload, traffic: Traffic, trace: Trace, wanted: Search,
+    paid: Prices | None,
+) -> Candidate:  # fmt: skip
     """The fewest instances of one kind."""
     reason = misfit(kind, spec, trace)
     if reason:
@@ -195,7 +211,12 @@ def _candidate(
         why = f"{most} instances attain for {share:.1%} of the requests"
         return Candidate(kind.device, kind.tp, reason=why, curve=curve)
     n = round(best.at)
-    return Candidate(kind.device, kind.tp, n, n * kind.tp, best.found["energy_j"], "", curve)
+    found = Candidate(kind.device, kind.tp, n, n * kind.tp, best.found["energy_j"], curve=curve)
+    if paid:
+        found.cost_per_hour, found.cost_per_million_output_tokens = prices.costs(
+            paid, replace(kind, instances=n), best.found["output_throughput"]
+        )
+    return found
 
 
 def misfit(kind: Fleet, spec: ModelSpec, trace: Trace) -> str:

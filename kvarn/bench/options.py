@@ -165,3 +165,12 @@ class Search:
     try_device: tuple[str, ...] = option((), "fleet: devices to choose from, such as H100,L40S")
     try_tp: tuple[int, ...] = option((), "fleet: values of tp to choose from, such as 1,2")
     max_instances: int = option(64, "fleet: most instances that are tried")
+
+
+@dataclass(slots=True)
+class Paid:
+    """What devices cost."""
+
+    price: tuple[str, ...] = option(
+        (), "what one device costs for an hour, such as h100=2.5,t4=0.35: the fleet's cost"
+    )

@@ -13,7 +13,8 @@ MOST_STEPS = 16  #: doublings or halvings from the first rate before a search gi
 #: what a probe keeps of its simulation's result
 KEPT = (
     "attainment", "request_goodput", "request_throughput", "mean_ttft_ms", "p99_ttft_ms",
-    "mean_tpot_ms", "p99_tpot_ms", "energy_j", "completed", "failed",
+    "mean_tpot_ms", "p99_tpot_ms", "energy_j", "output_throughput", "completed",
+    "failed",
 )  # fmt: skip
 
 

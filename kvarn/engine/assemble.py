@@ -1,5 +1,6 @@
 """Putting an engine together: the model, the pages that fit beside it, the parts by name."""
 
+import logging
 import time
 from dataclasses import dataclass, field
 from platform import python_version
@@ -26,7 +27,7 @@ from kvarn.runner.factory import RunnerFactory
 from kvarn.runner.grammar import GrammarCompiler
 from kvarn.runner.memory import Ledger
 from kvarn.runner.sampler import Sampler
-from kvarn.runner.warm import decode_step
+from kvarn.runner.warm import decode_step, every_kernel
 from kvarn.schedule.build import build_control
 from kvarn.schedule.control import Capacity, ControlPlane
 from kvarn.sparse.rules import Rules, split
@@ -35,6 +36,8 @@ from kvarn.speculate.speculation import Speculation
 
 if TYPE_CHECKING:
     from kvarn.engine.steplog import StepLog
+
+log = logging.getLogger("kvarn.engine")
 
 KV_SHARE = {"cpu": 0.25, "cuda": 0.95}  #: of the free memory, where kv_memory is not given
 DEVICE_CAPS = {"cpu": Cap.CPU_DEVICE, "cuda": Cap.CUDA_DEVICE}
@@ -160,6 +163,10 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
         for n_seqs in (config.max_seqs, 1):  # the largest first: all graphs share its memory
             decode_step(runner, n_seqs)
         seconds["graphs"] = time.perf_counter() - began
+        began = time.perf_counter()
+        if not every_kernel(runner, pages, config.budget, config.max_len):
+            log.warning("not every kernel is compiled yet: some requests will wait for one")
+        seconds["every kernel"] = time.perf_counter() - began
     step_log = _step_log(config, spec, groups, pages, str(device)) if group.rank == 0 else None
     control = build_control(
         groups,

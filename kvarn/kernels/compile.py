@@ -1,9 +1,11 @@
 """Shared libraries from C++ sources: built with the machine's own compiler at first use, and kept.
 
-No torch here: what is not a kernel may be compiled too.
+Sources are compiled side by side, one a core, so a library is built in about the time of its
+slowest source. No torch here: what is not a kernel may be compiled too.
 """
 
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -11,10 +13,13 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-BUILD_LIMIT = 300  #: a build that takes longer is given up [s]
+BUILD_LIMIT = 300  #: a source that takes longer to compile is given up [s]
+
+log = logging.getLogger("kvarn.compile")
 
 
 @dataclass(slots=True)
@@ -45,6 +50,7 @@ def shared_library(
     began = time.perf_counter()
     if path.exists():
         return Built(path, compiler, 0.0)
+    log.warning("compiling %s (C++, once; kept in %s)", name, path.parent)
     _build(sources, flags, compiler, path)
     return Built(path, compiler, time.perf_counter() - began)
 
@@ -89,11 +95,22 @@ def _build(sources: Sequence[Path], flags: Sequence[str], compiler: str, path: P
     """Compile beside the target and rename, so that processes building at once do no harm."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        command = [compiler, *flags, "-o", str(made), *map(str, sorted(sources))]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_LIMIT)
-        except subprocess.TimeoutExpired:
-            raise BuildError(f"{compiler} took more than {BUILD_LIMIT} s") from None
-        if done.returncode != 0:
-            raise BuildError(f"{compiler} failed: {done.stderr.strip()[-500:]}")
+        largest_first = sorted(sources, key=lambda source: source.stat().st_size, reverse=True)
+        objects = [Path(folder) / f"{source.stem}.o" for source in largest_first]
+
+        def compile_one(source: Path, to: Path) -> None:
+            _run([compiler, *flags, "-c", "-o", str(to), str(source)])
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compile_one, largest_first, objects))
+        _run([compiler, *flags, "-shared", "-o", str(made), *map(str, objects)])
         os.replace(made, path)
+
+
+def _run(command: Sequence[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_LIMIT)
+    except subprocess.TimeoutExpired:
+        raise BuildError(f"{command[0]} took more than {BUILD_LIMIT} s") from None
+    if done.returncode != 0:
+        raise BuildError(f"{command[0]} failed: {done.stderr.strip()[-500:]}")

@@ -20,6 +20,7 @@ from kvarn.runner.executor import Runner
 from kvarn.runner.graphs import CudaCapture, Graphs, buckets
 from kvarn.runner.pool import KVPool
 from kvarn.runner.state import DeviceState
+from kvarn.runner.warm import every_kernel
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -136,3 +137,14 @@ def test_a_watcher_sees_the_hidden_states_of_captured_steps(tiny_folder: Any) ->
     for seq, mine in found[0].items():
         theirs = torch.stack(found[1][seq])
         torch.testing.assert_close(torch.stack(mine), theirs, atol=2e-4, rtol=2e-4)
+
+
+def test_steps_that_compile_leave_nothing_behind(tiny_folder: Any) -> None:
+    """Warm-up steps replay nothing, and what is served after them is the naive decoder's."""
+    engine, capture = captured(tiny_folder("gemma2"), budget=16, pages=40)
+    config, runner = engine.resolved.config, engine.executor
+    assert every_kernel(runner, engine.control.kv.pages, config.budget, config.max_len)
+    assert capture.replays == 0 and runner.graphs is not None and not runner.graphs.found
+    requests = make_requests(5)
+    assert run(engine, requests, seed=3) == expected(engine, requests)
+    assert capture.replays > 5

@@ -199,3 +199,59 @@ def test_a_trace_without_times_has_no_rate(tmp_path):
     path.write_text("".join(json.dumps(row | {"timestamp": 0}) + "\n" for row in ROWS[:3]))
     with pytest.raises(ConfigError, match="arrive at one time"):
         capacity.search(Fleet(), WORK, replace(TRAFFIC, trace=str(path)), Search(find="rate"))
+
+
+# prices
+
+
+def test_prices_make_the_cheapest_fleet_another_one(trace):
+    """Two devices at a price each: which wins turns with the prices, and the sums are right."""
+    traffic = replace(TRAFFIC, trace=trace, goodput=("ttft:5000",))
+    work, wanted = replace(WORK, speed=0.2), Search(find="fleet", try_device=("L40S,H200",))
+    for paid, wins in (
+        ({"l40s": 1.0, "h200": 100.0}, "L40S"), ({"l40s": 100.0, "h200": 1.0}, "H200")
+    ):  # fmt: skip
+        answer = capacity.search(Fleet(), work, traffic, wanted, paid)
+        report = answer.report
+        assert report["fleet"]["device"] == wins and report["cheapest_by"][0] == "cost_per_hour"
+        for one in report["candidates"]:
+            hour = one["instances"] * paid[one["device"].lower()]
+            assert one["cost_per_hour"] == hour
+        done = sim.measured(answer.fleet, work, traffic, answer.trace).result
+        best = min(report["candidates"], key=lambda one: one["cost_per_hour"])
+        spent = best["cost_per_hour"] * done["duration"] / 3600
+        each = spent / done["total_output_tokens"] * 1e6
+        assert best["cost_per_million_output_tokens"] == pytest.approx(each)
+        lines = "\n".join(capacity_lines(report))
+        assert "by price, then energy" in lines and f"{hour:.4g} per hour" in lines
+
+
+def test_a_fleet_that_was_given_has_its_cost(tmp_path, capsys):
+    out = tmp_path / "result.json"
+    words = ["sim", "--num-prompts", "5", "--instances", "3", "--price", "H100=2.5,T4=0.35"]
+    assert main([*words, "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["cost_per_hour"] == 7.5
+    assert found["cost_per_million_output_tokens"] == pytest.approx(
+        7.5 / 3600 / found["output_throughput"] * 1e6
+    )
+    assert "costs 7.5 per hour" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--price", "h100"], "as in h100=2.5, not 'h100'"),
+        (["--price", "h100=free"], "not 'h100=free'"),
+        (["--price", "h100=-1"], "not 'h100=-1'"),
+        (["--price", "h100=nan"], "not 'h100=nan'"),
+        (["--price", "h1000=2"], "h100"),
+        (["--price", "h100=2,H100=3"], "twice"),
+        (["--price", "t4=0.35"], "no price of H100 was given (t4)"),
+        (["--find", "fleet", "--goodput", "ttft:500", "--try-device", "H100,L4", "--price",
+          "h100=2.5"], "add --price l4=..."),
+    ],
+)  # fmt: skip
+def test_prices_that_say_nothing_are_refused(words, says, capsys):
+    assert main(["sim", "--num-prompts", "4", *words]) == 2
+    assert says in capsys.readouterr().err

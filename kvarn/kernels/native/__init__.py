@@ -21,7 +21,8 @@ from torch import Tensor
 from kvarn.kernels.compile import BuildError, Built, shared_library
 
 FLAGS = (
-    "-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-w",
+    "-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-fno-math-errno", "-w",
+    "-Wno-psabi",
 )  # fmt: skip
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 

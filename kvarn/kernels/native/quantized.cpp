@@ -1,7 +1,136 @@
-// The C interface of quantized.h.
+// The loops of quantized.h, and their C interface.
 #include "quantized.h"
 
 namespace kvarn {
+
+// codes [n, k] with values 0 to 15 (4 bits) or 0 to 255, scale and offset [n, k / 32] as halves.
+inline void pack_codes(const Codes& made, const uint8_t* codes, const uint16_t* scale,
+                       const uint16_t* offset, uint8_t* out) {
+    const int64_t groups = made.k / GROUP, panels = (made.n + PANEL - 1) / PANEL;
+    huge_pages(out, panels * made.panel());
+#pragma omp parallel for
+    for (int64_t panel = 0; panel < panels; panel++)
+        for (int64_t g = 0; g < groups; g++) {
+            uint8_t* to = out + panel * made.panel() + g * made.block();
+            std::memset(to, 0, made.block());
+            uint16_t* factors = (uint16_t*)(to + GROUP / 8 * made.bits * PANEL);
+            for (int64_t j = 0; j < PANEL && panel * PANEL + j < made.n; j++) {
+                const int64_t row = panel * PANEL + j;
+                for (int64_t i = 0; i < GROUP; i++) {
+                    const uint8_t code = codes[row * made.k + g * GROUP + i];
+                    if (made.bits == 8) to[(i / 4 * PANEL + j) * 4 + i % 4] = code;
+                    else to[(i / 8 * PANEL + j) * 4 + i % 4] |= code << (i / 4 % 2 * 4);
+                }
+                factors[j] = scale[row * groups + g];
+                if (made.offsets) factors[PANEL + j] = offset[row * groups + g];
+            }
+        }
+}
+
+// One vector of codes, good for `per` dot products, against M rows.
+template <int M, int BITS>
+inline void add_products(Ints (&acc)[M][2], const uint32_t* const (&x)[M], const uint8_t* codes, int p) {
+    constexpr int per = BITS == 8 ? 1 : 2;
+    Words column[2];
+    for (int j = 0; j < 2; j++) column[j] = load<Words>(codes + (p * PANEL + j * 16) * 4);
+#pragma GCC unroll 2
+    for (int part = 0; part < per; part++) {
+        Words now[2];
+        for (int j = 0; j < 2; j++)
+            now[j] = per == 1 ? column[j] : column[j] >> (4 * part) & 0x0f0f0f0fu;
+#pragma GCC unroll 8
+        for (int i = 0; i < M; i++) {
+            const Words row = Words{} + x[i][p * per + part];
+            for (int j = 0; j < 2; j++) acc[i][j] = dot4(acc[i][j], now[j], row);
+        }
+    }
+}
+
+// The products of a block. Where `dot4` takes many instructions, a loop over them is as fast as all of
+// them in a row for four rows of x or more, and takes the compiler a third of the time.
+template <int M, int BITS>
+inline void block_sums(Ints (&acc)[M][2], const uint32_t* const (&x)[M], const uint8_t* codes) {
+    constexpr int vectors = GROUP / 4 / (BITS == 8 ? 1 : 2);
+    if constexpr (M < 4 || DOT4_IS_SHORT) {
+#pragma GCC unroll 8
+        for (int p = 0; p < vectors; p++) add_products<M, BITS>(acc, x, codes, p);
+    } else {
+#pragma GCC unroll 1
+        for (int p = 0; p < vectors; p++) add_products<M, BITS>(acc, x, codes, p);
+    }
+}
+
+// The sums of M rows of x from `row` against one panel.
+template <int M, int BITS, bool OFFSETS>
+void quantised_tile(const Codes& w, const uint8_t* panel, const Quantised& x, int64_t row,
+                    const uint8_t* ahead, Floats (*out)[2]) {
+    const int64_t groups = w.k / GROUP, block = w.block();
+    Floats acc[M][2];
+    for (int i = 0; i < M; i++) acc[i][0] = acc[i][1] = Floats{};
+    for (int64_t g = 0; g < groups; g++, panel += block) {
+        if (ahead)
+            for (int64_t i = 0; i < block; i += 128) __builtin_prefetch(ahead + g * block + i, 0, 2);
+        Ints sums[M][2];
+        const uint32_t* codes[M];
+#pragma GCC unroll 8
+        for (int i = 0; i < M; i++) {
+            codes[i] = (const uint32_t*)(x.codes + (row + i) * w.k + g * GROUP);
+            sums[i][0] = sums[i][1] = Ints{} - (int32_t)w.zero * x.total[(row + i) * groups + g];
+        }
+        block_sums<M, BITS>(sums, codes, panel);
+        const uint16_t* factors = (const uint16_t*)(panel + GROUP / 8 * BITS * PANEL);
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            const Floats scale = from_half(load<Halves>(factors + j * 16));
+            Floats offset;
+            if (OFFSETS) offset = from_half(load<Halves>(factors + PANEL + j * 16));
+#pragma GCC unroll 8
+            for (int i = 0; i < M; i++) {
+                const int64_t at = (row + i) * groups + g;
+                acc[i][j] = fma(to_float(sums[i][j]), scale * x.scale[at], acc[i][j]);
+                if (OFFSETS) acc[i][j] = fma(offset, splat(x.shift[at]), acc[i][j]);
+            }
+        }
+    }
+    std::memcpy(out, acc, sizeof acc);
+}
+
+using QuantisedTile = void (*)(const Codes&, const uint8_t*, const Quantised&, int64_t, const uint8_t*,
+                               Floats (*)[2]);
+
+template <int BITS, bool OFFSETS>
+constexpr QuantisedTile QUANTISED_TILES[QUANTISED_ROWS + 1] = {
+    nullptr,
+    quantised_tile<1, BITS, OFFSETS>, quantised_tile<2, BITS, OFFSETS>,
+    quantised_tile<3, BITS, OFFSETS>, quantised_tile<4, BITS, OFFSETS>,
+    quantised_tile<5, BITS, OFFSETS>, quantised_tile<6, BITS, OFFSETS>,
+};
+
+inline const QuantisedTile* tiles_of(const Codes& w) {
+    if (w.bits == 8) return w.offsets ? QUANTISED_TILES<8, true> : QUANTISED_TILES<8, false>;
+    return w.offsets ? QUANTISED_TILES<4, true> : QUANTISED_TILES<4, false>;
+}
+
+template <class U>
+void quantised_panel(const Codes& w, const Quantised& x, int64_t lo, int64_t hi, int64_t at,
+                     const float* bias, U* y, int64_t y_stride, bool bring) {
+    const uint8_t* panel = w.blocks + at / PANEL * w.panel();
+    const int64_t tiles = (hi - lo + QUANTISED_ROWS - 1) / QUANTISED_ROWS;
+    const QuantisedTile* tile = tiles_of(w);
+    Floats sums[QUANTISED_ROWS][2];
+    for (int64_t i = 0; i < tiles; i++) {
+        const int64_t from = lo + (hi - lo) * i / tiles, to = lo + (hi - lo) * (i + 1) / tiles;
+        const uint8_t* ahead = bring && tiles > 1 && i < 2 ? panel + w.panel() + 64 * i : nullptr;
+        tile[to - from](w, panel, x, from, ahead, sums);
+        put_tile(sums, (int)(to - from), bias ? bias + at : nullptr, w.n - at, y + from * y_stride,
+                 y_stride);
+    }
+}
+
+template void quantised_panel(const Codes&, const Quantised&, int64_t, int64_t, int64_t, const float*,
+                              float*, int64_t, bool);
+template void quantised_panel(const Codes&, const Quantised&, int64_t, int64_t, int64_t, const float*,
+                              bf16*, int64_t, bool);
 
 template <class T>
 void quantise(const T* x, int64_t t, int64_t k, int64_t x_stride, const Quantised& to) {

@@ -118,6 +118,12 @@ struct Lane<bf16> {
     }
 };
 
+#if defined(__AVX512VNNI__)
+constexpr bool DOT4_IS_SHORT = true;  // one instruction
+#else
+constexpr bool DOT4_IS_SHORT = false;
+#endif
+
 // acc + a0*b0 + .. + a3*b3 of the four bytes of each lane: a without a sign, b with one.
 inline Ints dot4(Ints acc, Words a, Words b) {
 #if defined(__AVX512VNNI__)

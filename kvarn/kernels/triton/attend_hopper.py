@@ -346,7 +346,8 @@ def _consume(
         low, high, part = next_low, next_high, next_part
 
 
-@gluon.jit
+# how many items there are is no reason to compile anew, in the middle of serving
+@gluon.jit(do_not_specialize=["n_items", "inner"])
 def attend_hopper(
     q, cache, items, pages, o, lse, part_o, part_lse, q_row, q_head, scale, cap, n_items, inner,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, PAGE: gl.constexpr,

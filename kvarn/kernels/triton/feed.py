@@ -18,7 +18,7 @@ def _token(said, rows, last, at, inside):
     return tl.maximum(tl.where(token < 0, sampled, token), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def feed_block(said, rows, last, ids, n, BLOCK: tl.constexpr):
     """One program for BLOCK rows."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -39,7 +39,7 @@ def embed_row(said, rows, last, embed, out, scale, DIM: tl.constexpr, BLOCK: tl.
     tl.store(out + row.to(tl.int64) * DIM + at, numbers, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def keep_block(last, rows, tokens, n, BLOCK: tl.constexpr):
     """One program for BLOCK rows."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -171,7 +171,8 @@ def sample(
         return tokens
     chunks: int = triton.cdiv(vocab, CHUNK)
     block_c = max(triton.next_power_of_2(chunks), 32)
-    tops, sums = make((2, rows, chunks), dtype=torch.float32).unbind(0)
+    # each by itself: kernels are compiled for addresses that are multiples of 16, and for others
+    tops, sums = (make((rows, chunks), dtype=torch.float32) for _ in range(2))
     ids = make((rows, chunks), dtype=torch.int32)
     floors = make(rows, dtype=torch.float32)
     few = rows if filtered else 0  # of what only filters need

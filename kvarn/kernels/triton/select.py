@@ -30,7 +30,7 @@ def sketch_pages(
     tl.store(there + DIM, tl.max(keys, 0).to(sketch.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["wide"])
 def bound_pages(
     q, sketch, rows, table, entries, counts, scores, q_row, q_head, wide,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -71,7 +71,7 @@ def bound_pages(
     tl.store(scores + nth.to(tl.int64) * wide + at, best, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["wide", "most"])
 def pick_pages(
     scores, table, entries, counts, keeps, chosen, wide, most,
     KV_HEADS: tl.constexpr, BLOCK: tl.constexpr,

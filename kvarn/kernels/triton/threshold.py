@@ -173,7 +173,7 @@ def _seeks_mass(temperature, top_k, top_p, fine, vocab):
     return (temperature > 0) & fine & (top_p < 1) & ((top_k <= 0) | (top_k >= vocab))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def narrow(
     logits, temperatures, top_ks, top_ps, min_ps, tops, bottoms, masses, brackets, vocab, row_step,
     chunks, rows, PASS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -208,7 +208,7 @@ def narrow(
         tl.store(masses + ((PASS * rows + row) * chunks + chunk) * WAYS + way, mass)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def gather(
     logits, temperatures, top_ks, top_ps, tops, bottoms, masses, brackets, segments, counts, vocab,
     row_step, chunks, rows, PASSES: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr,
@@ -240,7 +240,7 @@ def gather(
         tl.store(counts + place, tl.sum(mine, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def settle(
     logits, temperatures, top_ks, top_ps, min_ps, tops, block_tops, blocks, brackets, segments,
     counts, floors, vocab, row_step, rows, CHUNKS: tl.constexpr, PASSES: tl.constexpr,

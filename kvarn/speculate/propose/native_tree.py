@@ -15,7 +15,7 @@ from kvarn.kernels.compile import BuildError, shared_library
 from kvarn.speculate.propose.suffix_tree import Drafting, Found
 
 #: contraction would round scores otherwise than Python does
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-ffp-contract=off")
 
 _P, _I = ctypes.c_void_p, ctypes.c_int64
 SIGNATURES: dict[str, tuple[list[Any], Any]] = {
