@@ -235,4 +235,4 @@ def choices(control: ControlPlane, plan: StepPlan) -> dict[int, SpanResult]:
 
 
 #: decode steps priced ahead: an arrival throws the rest away, so pricing more does not pay
-_AT_ONCE = 64
+_AT_ONCE = 256
