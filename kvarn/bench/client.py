@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import signal
 import time
+from array import array
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection as Pipe
 from typing import Any
@@ -26,7 +27,7 @@ class Sample:
     n_output: int = 0  #: tokens generated, by the server's count where it gives one
     n_cached: int | None = None  #: prompt tokens that the server found in its cache
     ttft: float = 0.0  #: sent to first event with tokens
-    itl: list[float] = field(default_factory=list)  #: between events with tokens
+    itl: "list[float] | array[float]" = field(default_factory=list)  #: between events with tokens
     latency: float = 0.0  #: sent to last event with tokens (E2EL)
     text: str = ""
     error: str = ""  #: empty for a request that was answered in full

@@ -7,8 +7,11 @@ Throughputs are over the whole run, from its start to the last answer.
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvarn.bench.client import Sample
 from kvarn.bench.stats import summary
@@ -32,6 +35,45 @@ def parse_goodput(pairs: Iterable[str]) -> dict[str, float]:
     return targets
 
 
+@dataclass(slots=True)
+class Events:
+    """Every event with tokens, sample after sample."""
+
+    at: NDArray[np.float64]  #: [s after the start of the run]
+    tokens: NDArray[np.float64]  #: the answer's, shared out evenly among its events
+    #: time since the sample's event before [s]; NaN: it is the sample's first
+    since: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> "Events":
+        """The events of answered requests."""
+        counts = [1 + len(sample.itl) for sample in samples]
+        at, since = np.empty(sum(counts)), np.empty(sum(counts))
+        tokens = np.repeat([s.n_output / n for s, n in zip(samples, counts, strict=True)], counts)
+        first = 0
+        for sample, count in zip(samples, counts, strict=True):
+            end = first + count
+            since[first], since[first + 1 : end] = sample.start + sample.ttft, sample.itl
+            np.cumsum(since[first:end], out=at[first:end])
+            since[first] = np.nan
+            first = end
+        return cls(at, tokens, since)
+
+    @property
+    def gaps(self) -> NDArray[np.float64]:
+        """Between events of the same sample [s]."""
+        return self.since[~np.isnan(self.since)]
+
+    def between(self, begin: float, end: float) -> "Events":
+        """Those from `begin` on and before `end` [s]."""
+        inside = (begin <= self.at) & (self.at < end)
+        return Events(self.at[inside], self.tokens[inside], self.since[inside])
+
+    def peak_second(self) -> float:
+        """The most tokens of a second of the run."""
+        return float(np.bincount(self.at.astype(np.int64), self.tokens).max(initial=0.0))
+
+
 def tpot(sample: Sample) -> float:
     """Mean time of an output token after the first; 0 for a single token. [seconds]"""
     if sample.n_output < 2:
@@ -47,6 +89,7 @@ def whole_run(
 ) -> dict[str, Any]:
     """The numbers of a run of `duration` seconds."""
     good = [sample for sample in samples if sample.ok]
+    events = Events.of(good)
     n_input = sum(sample.n_prompt for sample in good)
     n_output = sum(sample.n_output for sample in good)
     met = sum(meets(sample, goodput) for sample in good)
@@ -60,22 +103,24 @@ def whole_run(
         "request_goodput": met / duration if goodput else None,
         "output_throughput": n_output / duration,
         "total_token_throughput": (n_input + n_output) / duration,
-        "max_output_tokens_per_s": _peak_second(good),
+        "max_output_tokens_per_s": events.peak_second(),
         "max_concurrent_requests": _peak_concurrency(good),
     }
     cached = [sample.n_cached for sample in good if sample.n_cached is not None]
     found["total_cached_tokens"] = sum(cached) if cached else None
-    found |= latencies(good, percentiles)
+    found |= latencies(good, events.gaps, percentiles)
     found |= summary("client_queue_time", [sample.queued for sample in good], percentiles)
     return found
 
 
-def latencies(good: Sequence[Sample], percentiles: Sequence[float]) -> dict[str, float]:
+def latencies(
+    good: Sequence[Sample], gaps: NDArray[np.float64], percentiles: Sequence[float]
+) -> dict[str, float]:
     """The four latency measures of answered requests."""
     return {
         **summary("ttft", [sample.ttft for sample in good], percentiles),
         **summary("tpot", [tpot(s) for s in good if s.n_output > 1], percentiles),
-        **summary("itl", [gap for sample in good for gap in sample.itl], percentiles),
+        **summary("itl", gaps, percentiles),
         **summary("e2el", [sample.latency for sample in good], percentiles),
     }
 
@@ -88,7 +133,7 @@ def detailed(samples: Sequence[Sample]) -> dict[str, Any]:
         "start_times": [sample.start for sample in samples],
         "queue_times": [sample.queued for sample in samples],
         "ttfts": [sample.ttft for sample in samples],
-        "itls": [sample.itl for sample in samples],
+        "itls": [list(sample.itl) for sample in samples],
         "latencies": [sample.latency for sample in samples],
         "generated_texts": [sample.text for sample in samples],
         "errors": [sample.error for sample in samples],
@@ -114,23 +159,17 @@ def steady_window(
     width = end - begin
     inside = [s for s in good if begin <= s.start + s.ttft < end]
     ended = [s for s in good if begin < s.start + s.latency <= end]
-    events = [pair for s in good for pair in _events(s) if begin <= pair[0] < end]
-    gaps = [
-        gap
-        for s in good
-        for (at, _), gap in zip(_events(s)[1:], s.itl, strict=True)
-        if begin <= at < end
-    ]
+    events = Events.of(good).between(begin, end)
     return {
         "definition": definition,
         "start": begin,
         "end": end,
         "completed": len(ended),
         "request_throughput": len(ended) / width,
-        "output_throughput": sum(n for _, n in events) / width,
+        "output_throughput": float(events.tokens.sum()) / width,
         **summary("ttft", [s.ttft for s in inside], percentiles),
         **summary("tpot", [tpot(s) for s in ended if s.n_output > 1], percentiles),
-        **summary("itl", gaps, percentiles),
+        **summary("itl", events.gaps, percentiles),
         **summary("e2el", [s.latency for s in ended], percentiles),
     }
 
@@ -141,20 +180,9 @@ def meets(sample: Sample, goodput: dict[str, float]) -> bool:
     return all(seen[name] * 1000 <= most for name, most in goodput.items())
 
 
-def _events(sample: Sample) -> list[tuple[float, float]]:
-    """(time, tokens) of each event; an event's tokens are the answer's, shared out evenly."""
-    times = list(accumulate(sample.itl, initial=sample.start + sample.ttft))
-    return [(at, sample.n_output / len(times)) for at in times]
-
-
-def _peak_second(good: Sequence[Sample]) -> float:
-    seconds: dict[int, float] = {}
-    for sample in good:
-        for at, n in _events(sample):
-            seconds[int(at)] = seconds.get(int(at), 0.0) + n
-    return max(seconds.values(), default=0.0)
-
-
 def _peak_concurrency(good: Sequence[Sample]) -> int:
-    edges = [(s.start, 1) for s in good] + [(s.start + s.latency, -1) for s in good]
-    return max(accumulate(step for _, step in sorted(edges)), default=0)
+    starts = np.array([sample.start for sample in good])
+    ends = np.array([sample.start + sample.latency for sample in good])
+    step = np.repeat([1, -1], len(good))
+    order = np.lexsort((step, np.concatenate([starts, ends])))
+    return int(step[order].cumsum().max(initial=0))

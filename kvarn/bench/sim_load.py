@@ -4,6 +4,7 @@ import inspect
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from random import Random
 from typing import Any
 
@@ -79,9 +80,15 @@ def requests_of(trace: Trace, only: Iterable[TraceRequest] | None = None) -> Ite
 
 def request_of(one: TraceRequest, block_size: int, arrival: float) -> Request:
     """A request of the engine that arrives at `arrival` [s]."""
-    params = SamplingParams(max_tokens=max(1, one.n_out), ignore_eos=True, temperature=0.0)
+    params = _params(max(1, one.n_out))
     prompt = block_tokens(one, block_size)
     return Request(one.id, prompt, params, arrival=arrival, session=one.session)
+
+
+@lru_cache(1 << 12)
+def _params(max_tokens: int) -> SamplingParams:
+    """Greedy, to the full length; requests share them."""
+    return SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0.0)
 
 
 class ClosedLoop:

@@ -106,7 +106,7 @@ def sample_of(one: Record) -> Sample:
     else:
         sample.ttft = (one.first - one.arrival) / NS
         sample.latency = (one.end - one.arrival) / NS
-        sample.itl = one.gaps.tolist()
+        sample.itl = one.gaps or []
     return sample
 
 
@@ -114,7 +114,7 @@ def token_gaps(gaps: Counter[int], percentiles: tuple[float, ...]) -> dict[str, 
     """ITL of all tokens from their counts by gap [us]: exact to a microsecond."""
     total = sum(gaps.values())
     mean = sum(gap * n for gap, n in gaps.items()) / total if total else 0.0
-    spread = sum(n * (gap - mean) ** 2 for gap, n in gaps.items()) / total if total else 0.0
+    spread = math.fsum(n * (gap - mean) ** 2 for gap, n in gaps.items()) / total if total else 0.0
     found = {"mean_itl_ms": mean / 1000, "std_itl_ms": math.sqrt(spread) / 1000}
     ordered = sorted(gaps.items())
     shares = {"median": 50.0} | {label(share): share for share in percentiles}

@@ -2,17 +2,31 @@
 
 import math
 from collections.abc import Sequence
-from statistics import fmean
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: values of an array that are Python objects at a time
+CHUNK = 1 << 16
 
 
-def percentile(ordered: Sequence[float], share: float) -> float:
+def percentile(ordered: Sequence[float] | NDArray[np.float64], share: float) -> float:
     """The value below which `share` percent lie, by linear interpolation; `ordered` ascends."""
-    if not ordered:
+    if not len(ordered):
         return 0.0
     at = (len(ordered) - 1) * share / 100
     low = math.floor(at)
     high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+    return float(ordered[low] + (ordered[high] - ordered[low]) * (at - low))
+
+
+def mean_of(values: NDArray[np.float64]) -> float:
+    """The mean, its sum rounded once: whatever the order; 0 for no values."""
+    if not len(values):
+        return 0.0
+    chunks = (values[at : at + CHUNK].tolist() for at in range(0, len(values), CHUNK))
+    return math.fsum(chain.from_iterable(chunks)) / len(values)
 
 
 def median(values: Sequence[float]) -> float:
@@ -25,11 +39,13 @@ def label(share: float) -> str:
     return f"p{int(share) if share == int(share) else share}"
 
 
-def summary(name: str, seconds: Sequence[float], percentiles: Sequence[float]) -> dict[str, float]:
+def summary(
+    name: str, seconds: Sequence[float] | NDArray[np.float64], percentiles: Sequence[float]
+) -> dict[str, float]:
     """`mean_`, `median_`, `std_` and `pNN_` of one measure, in milliseconds; 0 for no values."""
-    ordered = sorted(value * 1000 for value in seconds)
-    mean = fmean(ordered) if ordered else 0.0
-    spread = math.sqrt(fmean([(v - mean) ** 2 for v in ordered])) if ordered else 0.0
+    ordered = np.sort(np.asarray(seconds, np.float64) * 1000)
+    mean = mean_of(ordered)
+    spread = math.sqrt(mean_of((ordered - mean) ** 2))
     found = {
         f"mean_{name}_ms": mean,
         f"median_{name}_ms": percentile(ordered, 50),

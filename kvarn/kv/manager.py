@@ -7,6 +7,7 @@ Nothing here touches memory: pages are numbers, so the simulator runs the same c
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from kvarn.core.keep import ENDLESS
 from kvarn.core.model import GroupSpec
@@ -16,6 +17,12 @@ from kvarn.kv.integrity import Books, compare, recount
 from kvarn.kv.prefix import NO_PAGE, Match, PrefixIndex
 
 _NEVER = 1 << 60  # `published` of a sequence whose content is in the index under other pages
+
+
+@lru_cache(16)
+def _all_pages(count: int) -> tuple[PageId, ...]:
+    """Every page of a pool, the first one last. The pools of a simulated fleet share the numbers."""
+    return tuple(range(count - 1, -1, -1))
 
 
 class KVManager:
@@ -37,7 +44,7 @@ class KVManager:
         self._start()
 
     def _start(self) -> None:
-        self.free: list[list[PageId]] = [list(range(n - 1, -1, -1)) for n in self.pages]
+        self.free: list[list[PageId]] = [list(_all_pages(n)) for n in self.pages]
         self.refs: list[list[int]] = [[0] * n for n in self.pages]
         self.indexed: list[bytearray] = [bytearray(n) for n in self.pages]
         self._idle: list[OrderedDict[PageId, None]] = [OrderedDict() for _ in self.pages]

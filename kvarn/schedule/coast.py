@@ -18,29 +18,58 @@ from kvarn.kv.manager import KVManager
 from kvarn.schedule.control import ControlPlane, Progress
 
 
-def can_coast(control: ControlPlane, limit: int = 1 << 30, in_flight: int = 0) -> int:
+def can_coast(
+    control: ControlPlane, limit: int = 1 << 30, in_flight: int = 0, ahead: bool = False
+) -> int:
     """Steps that may be taken at once from here, at most `limit`; 0: none.
 
     None lacks a page, and none but the last ends a sequence. `in_flight`: tokens that every
-    sequence still gets of steps that are planned and not applied.
+    sequence still gets of steps that are planned and not applied. `ahead`: each step is planned
+    when the one before it begins, so the plan behind the last of them must be known as well.
     """
     running, kv = control.queues.running, control.kv
     if not running or control.queues.waiting or kv.has_windows:
         return 0
     if not control.scheduler.coasts or len(running) > control.budget:
         return 0
-    most = limit
+    end = 1 << 62
     for seq in running:
         known, goal = len(seq.tokens) + in_flight, seq.goal
         if seq.pending != in_flight or seq.computed != known - 1 or known > goal:
             return 0  # of a prompt there is more to do, or other answers are on their way
-        if seq.first_token_at is None or not seq.generates:
+        if not seq.generates or (seq.first_token_at is None and not in_flight):
             return 0
         if seq.keep or seq.select is not None:
             return 0
-        if goal - known < most:
-            most = goal - known + 1
-    return _with_pages(kv, running, most)
+        if goal - known < end:
+            end = goal - known
+    end += 1  # the step that ends a sequence
+    if not ahead:
+        return _with_pages(kv, running, min(limit, end))
+    steps = _with_pages(kv, running, min(limit + 1, end))
+    if steps == end <= limit and _goes_on(running, end, kv.page_size):
+        return end
+    return max(steps - 1, 0)
+
+
+def steps_to_end(control: ControlPlane) -> int:
+    """Decode steps up to the first that ends a sequence, where nothing is in flight."""
+    return min(seq.goal - len(seq.tokens) for seq in control.queues.running) + 1
+
+
+def _goes_on(running: Sequence[Seq], end: int, size: int) -> bool:
+    """Whether the plan behind step `end`, which ends sequences, changes no page books.
+
+    Then it is the same before these give their pages back as after.
+    """
+    left = False
+    for seq in running:
+        computed = seq.computed + end
+        if computed < seq.goal:
+            left = True
+            if computed >= seq.capacity and computed % size == 0:
+                return False  # it takes a page
+    return left
 
 
 def _with_pages(kv: KVManager, running: Sequence[Seq], most: int) -> int:

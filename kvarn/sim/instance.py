@@ -25,7 +25,7 @@ from kvarn.core.seq import Seq
 from kvarn.cost.partway import partway
 from kvarn.cost.rounded import Rounded
 from kvarn.cost.shape import CostModel, Estimate, StepShape, shape_of
-from kvarn.schedule.coast import can_coast, coast, settle
+from kvarn.schedule.coast import can_coast, coast, settle, steps_to_end
 from kvarn.schedule.control import ControlPlane, Progress
 from kvarn.sim.heap import NS
 from kvarn.sim.steps import Run
@@ -85,17 +85,23 @@ class Instance:
         run = self._run
         if run is None:
             return None
-        if self.overlap:
-            if run.plan is None:
-                return self._step_in(run, run.ended(now), token_of)
+        if self.overlap and (run.plan is not None or run.committed):
             self._plan_ahead(run)
             return None
-        steps = run.ended(now) + 1
-        if steps >= run.steps:
+        steps = run.ended(now) + 1 + self.overlap
+        if steps < run.steps:
+            run.keep(steps)
+            self.version += 1
+            return run.end
+        if not self.overlap:
             return None
-        run.keep(steps)
-        self.version += 1
-        return run.end
+        if run.steps == steps_to_end(self.control):  # behind it a plan with those that end in it
+            return self._step_in(run, steps - 2, token_of)
+        if steps > run.steps:
+            self._coasted(run, token_of)
+            run.committed = True
+            self._plan_ahead(run)
+        return None
 
     def start(self, now: int) -> int | None:
         """Begin the next step, or run of steps; when it ends [ns], or None with nothing to do."""
@@ -121,7 +127,10 @@ class Instance:
         assert run is not None and run.end == now, "a run ends when it said it would"
         self._run = None
         if run.plan is None:
-            return self._coasted(run, token_of)
+            progress = [] if run.committed else self._coasted(run, token_of)
+            if self.overlap and self.control.queues.waiting:
+                self._plan_ahead(run)
+            return progress
         if self.overlap and self._coastable(in_flight=1) < 1:
             self._plan_ahead(run)
         self._account(run)
@@ -155,16 +164,12 @@ class Instance:
 
     def _coastable(self, in_flight: int = 0) -> int:
         """Decode steps that may be taken at once, after those `in_flight`."""
-        if not self.coasts:
-            return 0
-        if not self.overlap:
-            return can_coast(self.control, _AT_ONCE, in_flight)
-        return can_coast(self.control, _AT_ONCE + 1, in_flight) - 1
+        return can_coast(self.control, _AT_ONCE, in_flight, self.overlap) if self.coasts else 0
 
     def _plan_ahead(self, run: Run) -> None:
-        """What the overlapped loop decided when `run` began, if that is not done yet."""
+        """What the overlapped loop decided when the last step of `run` began, if not done yet."""
         if self._ahead is None and self.control.has_work:
-            self._ahead = self.control.plan(run.start / NS)
+            self._ahead = self.control.plan(run.began(run.steps - 1))
 
     def _step_in(self, run: Run, steps: int, token_of: Callable[[Seq], int]) -> int:
         """Commit the first `steps` decodes of a run; the next is under way, one more is planned."""
@@ -230,4 +235,4 @@ def choices(control: ControlPlane, plan: StepPlan) -> dict[int, SpanResult]:
 
 
 #: decode steps priced ahead: an arrival throws the rest away, so pricing more does not pay
-_AT_ONCE = 64
+_AT_ONCE = 256

@@ -13,10 +13,6 @@ from kvarn.sim.instance import Gaps, Instance
 MOST_SLOTS = 2048  #: of the curve of pages in use, by instance
 
 
-def _no_gaps() -> "array[float]":
-    return array("d")
-
-
 @dataclass(slots=True)
 class Record:
     """One request's way through the cluster. Times in ns of virtual time."""
@@ -24,16 +20,27 @@ class Record:
     id: str
     arrival: int
     n_in: int  #: [tokens]
-    n_out: int = 0  #: tokens generated
+    n_out: int = 0  #: tokens generated, by all of its sequences
     instance: int = -1  #: where it went; -1: nowhere
     why: str = ""  #: what spoke for that instance, or why it was refused
     first: int | None = None  #: first token
-    last: int | None = None  #: the last token so far
+    last: int | None = None  #: last token
     end: int | None = None  #: when it had completed; None: it did not
     cached: int = 0  #: prompt tokens found in the prefix cache
     preemptions: int = 0
     error: str = ""
-    gaps: "array[float]" = field(default_factory=_no_gaps)  #: between tokens [s], where kept
+    #: between tokens [s], where kept; sequence after sequence as they end
+    gaps: "array[float] | tuple[()]" = ()
+
+
+@dataclass(slots=True)
+class _Stream:
+    """The tokens of one sequence so far; its request's record learns of them at its end."""
+
+    first: int  #: [ns]
+    last: int = 0  #: [ns]
+    tokens: int = 0
+    gaps: "array[float]" = field(default_factory=lambda: array("d"))  #: [s]
 
 
 @dataclass(slots=True)
@@ -95,12 +102,13 @@ class Tally:
     steps: list[StepRow] | None = None  #: filled only where asked for
     keep_gaps: bool = True
     page_use: dict[str, PageUse] | None = None  #: by instance; filled only where asked for
+    _streams: dict[Seq, _Stream] = field(default_factory=dict)  #: of sequences that run
 
     def committed(
         self, instance: Instance, seqs: Sequence[Seq], first: int, last: int, gaps: Gaps
     ) -> None:
         """Each of `seqs` got tokens, from `first` to `last`; the gaps between are alike for all."""
-        counts, records, tokens = self.gaps, self.records, 1
+        counts, streams, tokens = self.gaps, self._streams, 1
         kept = array("d")
         for gap, times in gaps:
             tokens += times
@@ -108,18 +116,18 @@ class Tally:
             if self.keep_gaps:
                 kept.extend([gap / NS] * times)
         for seq in seqs:
-            record = records[seq.request.id]
-            record.n_out += tokens
-            if record.last is None:
-                record.first = first
+            stream = streams.get(seq)
+            if stream is None:
+                streams[seq] = stream = _Stream(first)
             else:
-                gap = first - record.last
+                gap = first - stream.last
                 counts[round(gap / 1000)] += 1
                 if self.keep_gaps:
-                    record.gaps.append(gap / NS)
+                    stream.gaps.append(gap / NS)
             if kept:
-                record.gaps.extend(kept)
-            record.last = last
+                stream.gaps.extend(kept)
+            stream.tokens += tokens
+            stream.last = last
         if self.page_use is not None:
             self._see_pages(self.page_use, instance, last)
 
@@ -138,6 +146,13 @@ class Tally:
         record = self.records[seq.request.id]
         record.cached, record.preemptions, record.error = seq.cached, seq.preemptions, error
         record.end = None if error else now
+        stream = self._streams.pop(seq, None)
+        if stream is not None:
+            record.n_out += stream.tokens
+            if record.first is None or stream.first < record.first:
+                record.first = stream.first
+            record.last = max(stream.last, record.last or 0)
+            record.gaps = record.gaps + stream.gaps if record.gaps else stream.gaps or ()
 
     def _see_pages(self, use: dict[str, PageUse], instance: Instance, at: int) -> None:
         use.setdefault(instance.name, PageUse()).saw(at, instance.control.kv.held(0))

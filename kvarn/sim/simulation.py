@@ -92,7 +92,7 @@ class Simulation:
         if version != instance.version:
             return  # cut short by an arrival: another end is in the heap
         for one in instance.finish(now, unlike_any):
-            if one.seq.n_output == len(one.tokens) and one.tokens:
+            if one.tokens and one.seq.first_token_at == now / NS:
                 self._tell(Started(one.seq.request.id, place))
             if one.finish is not None:
                 self._ended(place, one.seq, "" if one.finish != "error" else "failed")

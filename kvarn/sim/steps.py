@@ -24,6 +24,7 @@ class Run:
     shape: StepShape  #: of the first step
     start: int  #: [ns]
     plan: StepPlan | None  #: None: the steps are coasted
+    committed: bool = False  #: its tokens are in the books before its end
     end: int = 0  #: of the last step [ns]
     steps: int = 0
     stretches: list[Stretch] = field(default_factory=list)
