@@ -25,6 +25,7 @@ from kvarn.models.precision import choose_device
 from kvarn.runner.executor import Executor
 from kvarn.runner.factory import RunnerFactory
 from kvarn.runner.grammar import GrammarCompiler
+from kvarn.runner.graphs import MOST_LOGITS
 from kvarn.runner.memory import Ledger
 from kvarn.runner.sampler import Sampler
 from kvarn.runner.warm import decode_step, every_kernel
@@ -97,7 +98,7 @@ class Assembly:
             replayed = config.graphs == "on"
             how = "replayed from captured graphs" if replayed else "launched kernel by kernel"
             steps = {"what": "decode steps", "how": how, "why": f"graphs={config.graphs}"}
-            return [steps, *drafts]
+            return [steps, *self._verifying(config), *drafts]
         whole = decoder.obstacle is None
         return [
             {
@@ -112,6 +113,21 @@ class Assembly:
             },
             *drafts,
         ]
+
+    def _verifying(self, config: EngineConfig) -> list[dict[str, str]]:
+        """On a GPU: how steps that verify drafts run."""
+        graphs = getattr(self.runner, "graphs", None)
+        if config.speculate == "none":
+            return []
+        if graphs is None:
+            how, why = "launched kernel by kernel", f"graphs={config.graphs}"
+        else:
+            how = f"replayed from captured graphs up to {graphs.verified[-1]} rows"
+            why = (
+                "those with prompts, trees, or more rows are not; of those whose logits are looked "
+                f"at (rules, logprobs, drawn drafts, training) only {MOST_LOGITS} rows are"
+            )
+        return [{"what": "verify steps", "how": how, "why": why}]
 
 
 def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:

@@ -1,11 +1,13 @@
 """`Engine`: plan, execute, apply. Two loops, each readable at a glance; the rest is hand-over.
 
+Drafts are verified in either: the plan that has them is made when what they follow is known.
+
 Errors belong to the request: a step that breaks ends the sequences in it, and nothing else.
 """
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +18,7 @@ from kvarn.core.bad_words import encode_bad_words
 from kvarn.core.config import Resolved
 from kvarn.core.errors import EngineDied, RequestError
 from kvarn.core.output import EngineStats, Output, Timings
-from kvarn.core.plan import SeqId, SpanResult, StepPlan, StepResult, TokenLogprobs
+from kvarn.core.plan import SpanResult, StepPlan, StepResult, TokenLogprobs
 from kvarn.core.request import Request
 from kvarn.core.seq import Seq
 from kvarn.core.validate import validate
@@ -97,14 +99,16 @@ class Engine:
         """Advance every scheduled sequence once; what is new for whom."""
         if not self.has_work:
             return []
-        if self.speculation is not None:
-            self.speculation.between_steps(self.control)
-            lengths = self.speculation.lengths(self.control)
-            if lengths:
-                return self._step_drafted(self.speculation, lengths)
-        return self._step_overlapped() if self.overlap else self._step()
+        progress = [] if self.speculation is None else self._draft(self.speculation)
+        if self.has_work:
+            progress += self._step_overlapped() if self.overlap else self._step()
+        now = self.clock()
+        outputs = [self._output(p, now) for p in progress]
+        if not self.has_work:
+            self._check_books()
+        return outputs
 
-    def _step(self) -> list[Output]:
+    def _step(self) -> list[Progress]:
         """Decide, compute, record."""
         plan = self.control.plan(self.clock())
         try:
@@ -113,7 +117,7 @@ class Engine:
             return self._broken([plan], error)
         return self._record(plan, result)
 
-    def _step_overlapped(self) -> list[Output]:
+    def _step_overlapped(self) -> list[Progress]:
         """Decide step n+1 and hand it over while step n computes; then record step n."""
         plan = self.control.plan(self.clock())
         ahead, refusal = None, None
@@ -122,19 +126,31 @@ class Engine:
         except Exception as error:
             refusal = error
         done, self._in_flight = self._in_flight, ahead
-        outputs = [] if done is None else self._collect(*done)
-        return outputs if refusal is None else outputs + self._broken([plan], refusal)
+        progress = [] if done is None else self._collect(*done)
+        return progress if refusal is None else progress + self._broken([plan], refusal)
 
-    def _step_drafted(self, speculation: Speculation, lengths: Mapping[SeqId, int]) -> list[Output]:
-        """Draft, then decide, verify, record. Drafts follow what is known: nothing overlaps."""
+    def _draft(self, speculation: Speculation) -> list[Progress]:
+        """Have the next plan verify drafts, if any are wanted.
+
+        They follow what is known, and what follows drafts must know which stand: a step is recorded
+        before such a plan is made. What its outputs take is hidden behind the one that comes next.
+        """
+        progress = self._land() if self._in_flight and self._in_flight[0].drafts else []
+        speculation.between_steps(self.control)
+        lengths = speculation.lengths(self.control)
+        if lengths:
+            progress += self._land()
+            drafts = speculation.propose(self.control, lengths)
+            if drafts:
+                self.control.draft(drafts)
+        return progress
+
+    def _land(self) -> list[Progress]:
+        """Record the step that is in flight, if one is."""
         done, self._in_flight = self._in_flight, None
-        outputs = [] if done is None else self._collect(*done)
-        drafts = speculation.propose(self.control, lengths)
-        if drafts:
-            self.control.draft(drafts)
-        return outputs + self._step() if self.has_work else outputs
+        return [] if done is None else self._collect(*done)
 
-    def _collect(self, plan: StepPlan, pending: Pending) -> list[Output]:
+    def _collect(self, plan: StepPlan, pending: Pending) -> list[Progress]:
         """Record a step that was handed over; the one behind it falls with it."""
         try:
             result = pending.result()
@@ -146,7 +162,7 @@ class Engine:
             return self._broken([plan, ahead[0]], error)
         return self._record(plan, result)
 
-    def _record(self, plan: StepPlan, result: StepResult) -> list[Output]:
+    def _record(self, plan: StepPlan, result: StepResult) -> list[Progress]:
         now = self.clock()
         progress = self.control.apply(plan, result, now)
         if self.speculation is not None and plan.spans:
@@ -154,10 +170,7 @@ class Engine:
         self._recorded = now
         if not plan.spans and not self._in_flight:
             progress += self._unstick(now)
-        outputs = [self._output(p, now) for p in progress]
-        if not self.has_work:
-            self._check_books()
-        return outputs
+        return progress
 
     def _unstick(self, now: float) -> list[Progress]:
         """Nothing runs and the first in the queue was not let in: it never will be. Say so."""
@@ -170,7 +183,7 @@ class Engine:
         message = f"no room for {need} tokens in a KV cache of {pages} pages by group"
         return [Progress(seq, [], "error", None, SpanResult(error=message))]
 
-    def _broken(self, plans: list[StepPlan], error: Exception) -> list[Output]:
+    def _broken(self, plans: list[StepPlan], error: Exception) -> list[Progress]:
         """The steps raised: their sequences end with the error, everything else goes on.
 
         Where the device was out of memory they are computed again in smaller steps instead; where
@@ -190,10 +203,7 @@ class Engine:
             log.exception("step %d failed", plans[0].step, exc_info=error)
             ended = self.control.fail(plans, now)
         message = f"the engine failed while computing this request: {error}"
-        return [
-            self._output(Progress(seq, [], "error", None, SpanResult(error=message)), now)
-            for seq in ended
-        ]
+        return [Progress(seq, [], "error", None, SpanResult(error=message)) for seq in ended]
 
     # hand-over
 

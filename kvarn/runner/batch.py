@@ -39,7 +39,12 @@ class Batch:
     @property
     def decodes(self) -> bool:
         """Whether every span is one row that chooses a token."""
-        return len(self.logits_at) == len(self.tokens) == len(self.rows)
+        return self.chooses and len(self.tokens) == len(self.rows)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether every row chooses a token: spans are one known token and its drafts, no tree."""
+        return len(self.logits_at) == len(self.tokens) and self.forest is None
 
     @property
     def lengths(self) -> Ints:

@@ -29,7 +29,7 @@ from kvarn.runner.logprobs import most_likely
 from kvarn.runner.pieces import Pieces
 from kvarn.runner.pool import KVPool
 from kvarn.runner.sampler import Sampler, sample_on_gpu
-from kvarn.runner.selecting import Selecting, SelectingStep
+from kvarn.runner.selecting import Choice, Selecting, SelectingStep
 from kvarn.runner.state import DeviceState
 from kvarn.runner.trees import is_tree, path, straightened
 from kvarn.runner.turning import Turning
@@ -103,6 +103,7 @@ class Runner:
         self.graphs = graphs
         self.pieces = pieces
         self.acceptance = acceptance  #: synthetic, for measurements; 0: drafts are judged
+        self.replayed = {"decode": 0, "verify": 0}  #: steps that were one replay
         #: whether trees are verified as such, not as chains
         self.trees = not deterministic and all(group.window is None for group in groups)
         #: most likely tokens that the result keeps of each judged position; 0: nobody asks
@@ -146,6 +147,8 @@ class Runner:
             torch.cuda.set_device(self.decoder.device)  # the calling thread may have another
         if plan.drafts and (not self.trees or self.selecting.parts):
             plan = straightened(plan)
+        if self._flying is not None and self._flying.judges:
+            self._flying.result()  # which drafts stand, before anything builds on them
         outcome = StepResult(plan.step, [[] for _ in plan.spans])
         step = InFlight(outcome, time.perf_counter(), self.image, self.pool, self.acceptance)
         before, self._flying = self._flying, step
@@ -239,29 +242,42 @@ class Runner:
 
     def _compute(self, batch: Batch, step: InFlight, watched: list[list[Watched]]) -> None:
         """Forward and sample, through a captured graph where the step is one that repeats."""
-        wanted = self.tap is None and batch.decodes and not self.extras.wanted(batch)
+        wanted = self.tap is None and batch.chooses and not self.extras.wanted(batch)
         selecting = self.selecting.step(batch)
         choice = None if selecting is None else selecting.choice()
         wanted = wanted and not watched and (selecting is None or choice is not None)
-        if self.graphs is not None and wanted and self.graphs.take(len(batch.rows)):
-            assert self.state is not None
-            rows, lengths = batch.rows, batch.ends
-            plain = self.sampler.plain(rows)
-            arrays = self.sampler.parameters(rows, lengths)
-            entries = self.state.entries(self.image)
-            filtered = self.sampler.filtered(rows)
-            found = self.graphs.run(batch, entries, arrays if plain else None, filtered, choice)
-            if self.watcher is not None:
-                assert self.graphs.hidden is not None
-                self.watcher(rows, self.graphs.hidden)
-            if plain:
-                step.fetch(found)
-            else:
-                self._choose(batch, found, step)
+        plain = self.sampler.plain(batch.rows) and not self._looked_at(batch)
+        if self.graphs is not None and wanted and self.graphs.take(batch, not plain):
+            self._replay(self.graphs, batch, choice, plain, step)
             return
         if self.state is not None:
             self.state.write(self.state.entries(self.image))
         self._conclude(batch, self._forward(batch, watched, selecting), step)
+
+    def _replay(
+        self, graphs: Graphs, batch: Batch, choice: Choice | None, plain: bool, step: InFlight
+    ) -> None:
+        """A step whose rows all choose; `plain`: the device chooses, and nobody sees the logits."""
+        assert self.state is not None
+        rows = batch.row_of
+        arrays = self.sampler.parameters(rows, batch.lengths) if plain else None
+        entries = self.state.entries(self.image)
+        found = graphs.run(batch, entries, arrays, self.sampler.filtered(rows), choice)
+        self.replayed["decode" if batch.decodes else "verify"] += 1
+        if self.watcher is not None:
+            assert graphs.hidden is not None
+            self.watcher(rows, graphs.hidden)
+        if plain:
+            step.fetch(found)
+        else:
+            self._choose(batch, found, step)
+
+    def _looked_at(self, batch: Batch) -> bool:
+        """Whether verification wants more of the logits than their choice."""
+        drafts = batch.drafts
+        return bool(drafts) and (
+            self.alternatives > 0 or any(one is not None and one.q is not None for one in drafts)
+        )
 
     def _conclude(self, batch: Batch, hidden: Tensor, step: InFlight) -> None:
         """What the step is for, from the final hidden states [T, hidden]."""

@@ -11,7 +11,7 @@ from kvarn.core.model import GroupSpec
 from kvarn.kernels.attention import AttentionBackend
 from kvarn.models.load import Model
 from kvarn.runner.executor import Runner
-from kvarn.runner.graphs import CudaCapture, Graphs, buckets
+from kvarn.runner.graphs import MOST_VERIFIED, CudaCapture, Graphs, buckets, verify_buckets
 from kvarn.runner.memory import GRAPHS_BYTES, workspace_bytes
 from kvarn.runner.pieces import Pieces
 from kvarn.runner.pool import KVPool
@@ -19,6 +19,8 @@ from kvarn.runner.sampler import Sampler
 from kvarn.runner.state import DeviceState
 from kvarn.runner.warm import peak_bytes
 from kvarn.sparse.rules import Rules
+
+LOGIT_BYTES = 6  #: of a logit: as the product leaves it, and in fp32
 
 
 @dataclass(slots=True)
@@ -49,7 +51,10 @@ class RunnerFactory:
             pieces = Pieces(model.decoder, state, capture)
             backend: Any = self.backend
             sizes = buckets(config.max_seqs)
-            graphs = Graphs(model.decoder, self.groups, pool, backend, state, sizes, capture)
+            verified = verify_buckets(self._judged()) if config.speculate != "none" else []
+            graphs = Graphs(
+                model.decoder, self.groups, pool, backend, state, sizes, capture, verified
+            )
         return Runner(
             model.decoder,
             self.groups,
@@ -83,4 +88,15 @@ class RunnerFactory:
                 f"sequences does not fit beside the weights; lower budget or max_seqs ({error})"
             ) from None
         torch.cuda.empty_cache()
-        return peak + (GRAPHS_BYTES if config.graphs == "on" else 0)
+        if config.graphs == "on":
+            peak += GRAPHS_BYTES
+        if config.speculate != "none":  # logits of drafts, in eager steps and in captured ones
+            drafts = max(0, self._judged() - most)
+            captured = min(drafts, MOST_VERIFIED) if config.graphs == "on" else 0
+            peak += (drafts + captured) * spec.vocab * LOGIT_BYTES
+        return peak
+
+    def _judged(self) -> int:
+        """Most rows of a step that verifies drafts for everybody."""
+        config = self.config
+        return min(config.max_seqs * (config.draft_tokens + 1), config.budget)

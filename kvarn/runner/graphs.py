@@ -1,10 +1,14 @@
-"""Captured decode steps: everything from the input tokens to the next ones in one replay.
+"""Captured decode and verify steps: from the input tokens to the next ones in one replay.
 
 A bucket is a number of rows. Its captured graphs read their inputs from int32 arrays of fixed size
 on the device, which one copy from pinned memory brings up to date before each replay; rows that a
 step does not need idle: they write nothing and attend to nothing. The first step that needs a graph
 captures it, which takes about as long as two eager steps; graphs of all buckets share their memory,
 since only one runs at a time.
+
+Where drafts are verified a span has several rows, and each of them chooses a token. The bucket
+counts rows, whoever they belong to, so drafts of any lengths are padded to the same few graphs. How
+many of them stand is the host's business.
 """
 
 from bisect import bisect_left
@@ -39,6 +43,9 @@ PER_ROW = {
     "key": 2, "length": 1,
 }  # fmt: skip
 EDITS = 2  #: page-table entries a row and group that a replay can write
+MOST_VERIFIED = 1024  #: rows of a captured verify step; larger ones are bound by products
+MOST_LOGITS = 256  #: of those whose logits are looked at: a graph keeps its own
+MOST_GRAPHS = 128  #: captured at once; the one that was used longest ago gives way
 
 
 class Capture(Protocol):
@@ -55,6 +62,12 @@ def buckets(most: int) -> list[int]:
     sizes += range(160, 257, 32)
     sizes += range(320, max(most, 256) + 64, 64)
     return [size for size in sizes if size < most] + [most]
+
+
+def verify_buckets(most: int) -> list[int]:
+    """Numbers of rows that verify steps are captured for, up to `most` and `MOST_VERIFIED`."""
+    sizes = [2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, MOST_VERIFIED]
+    return [size for size in sizes if size < most] + [min(most, MOST_VERIFIED)]
 
 
 class Inputs:
@@ -97,6 +110,7 @@ class Graph:
     replay: Replay
     plans: list[GraphPlan]
     inputs: Inputs
+    single: bool  #: every span has one row
     choice: Choice | None = None  #: the plans behind those of the groups are its own
     hidden: Tensor | None = None  #: [size, hidden] final ones, of the last replay
 
@@ -110,14 +124,23 @@ class Graphs:
     pool: KVPool
     backend: GraphBackend
     state: DeviceState
-    sizes: list[int]
+    sizes: list[int]  #: buckets of decode steps
     capture: Capture
-    found: dict[Any, Graph] = field(default_factory=dict)
+    verified: list[int] = field(default_factory=list)  #: buckets of verify steps; []: none are
+    found: dict[Any, Graph] = field(default_factory=dict)  #: the newest use comes last
     hidden: Tensor | None = None  #: [R, hidden] of the last step; the next one overwrites it
 
-    def take(self, n_rows: int) -> bool:
-        """Whether a step of so many rows can be replayed."""
-        return 0 < n_rows <= self.sizes[-1]
+    def take(self, batch: Batch, looked_at: bool) -> bool:
+        """Whether a step can be replayed; `looked_at`: its logits are wanted, not its tokens."""
+        n = len(batch.tokens)
+        if batch.decodes:
+            return 0 < n <= self.sizes[-1]
+        if not batch.chooses or not self.verified or n > self.verified[-1]:
+            return False
+        spec = self.decoder.spec
+        shape = (spec.n_heads, spec.n_kv_heads, spec.head_dim)
+        small = all(self.backend.graph_fits(rows, *shape) for rows in batch.groups)
+        return small and not (looked_at and n > MOST_LOGITS)
 
     def run(
         self,
@@ -127,27 +150,31 @@ class Graphs:
         filtered: bool,
         choice: Choice | None = None,
     ) -> Tensor:
-        """The next tokens [R] int32 of a batch of single rows, or its logits [R, V].
+        """The next tokens [T] int32 of a batch whose rows all choose one, or its logits [T, V].
 
         `entries` are new entries of the page tables; `sampling` the arrays of
         `Sampler.parameters`, None for logits; `filtered`: whether they have filters;
         `choice`: the same rows where they choose what they see.
         """
-        size = self.sizes[bisect_left(self.sizes, len(batch.rows))]
+        n, sizes = len(batch.tokens), self.sizes if batch.decodes else self.verified
+        size = sizes[bisect_left(sizes, n)]
         if any(len(at) > EDITS * size for at, _ in entries):  # sequences have started
             self.state.write(entries)
             entries = [(at[:0], pages[:0]) for at, pages in entries]
         kind = "logits" if sampling is None else "filtered" if filtered else "tokens"
         keys = [self._attention_key(rows) for rows in batch.groups]
         key = (size, kind, *keys, *self._choice_key(choice))
-        graph = self.found.get(key)
+        graph = self.found.pop(key, None)
         if graph is None:
-            graph = self.found[key] = self._capture(size, kind, batch, choice)
+            if len(self.found) >= MOST_GRAPHS:
+                del self.found[next(iter(self.found))]
+            graph = self._capture(size, kind, batch, choice)
+        self.found[key] = graph
         self._fill(graph, size, batch, choice, entries, sampling or {})
         graph.inputs.send()
-        found = graph.replay()[: len(batch.rows)]
+        found = graph.replay()[:n]
         assert graph.hidden is not None
-        self.hidden = graph.hidden[: len(batch.rows)]
+        self.hidden = graph.hidden[:n]
         return found
 
     def _attention_key(self, rows: PagedRows) -> tuple[Any, ...]:
@@ -181,7 +208,7 @@ class Graphs:
         for index, plan in enumerate(plans):
             sizes |= {f"{name}_{index}": count for name, count in plan.sizes.items()}
         inputs = Inputs(sizes, self.decoder.device)
-        graph = Graph(lambda: self.state.last, plans, inputs, choice)
+        graph = Graph(lambda: self.state.last, plans, inputs, batch.decodes, choice)
         for index, plan in enumerate(plans):
             mine = {name: inputs.device[f"{name}_{index}"] for name in plan.sizes}
             plan.bind(mine, self.state.tables[tables[index]])
@@ -201,9 +228,9 @@ class Graphs:
     ) -> None:
         """Write a step into the host's arrays; what is left over idles."""
         host = graph.inputs.host()
-        n = len(batch.rows)
+        n = len(batch.tokens)
         for name, values in (
-            ("token", batch.tokens), ("row", batch.rows), ("position", batch.positions)
+            ("token", batch.tokens), ("row", batch.row_of), ("position", batch.positions)
         ):  # fmt: skip
             host[name][:n] = values
             host[name][n:] = -1 if name == "row" else 0
@@ -240,7 +267,8 @@ class Graphs:
         if kind == "logits":
             return logits
         chosen = sample_on_gpu(logits, inputs, kind == "filtered")
-        keep(state.last, inputs["row"], chosen)
+        if graph.single:  # else the host says what stands
+            keep(state.last, inputs["row"], chosen)
         return chosen
 
 
@@ -267,7 +295,7 @@ def _idle(batch: Batch) -> Batch:
         )
         for rows in batch.groups
     ]
-    return replace(batch, rows=none, tokens=none, positions=none, groups=groups)
+    return replace(batch, rows=none, row_of=none, tokens=none, positions=none, groups=groups)
 
 
 class CudaCapture:

@@ -13,7 +13,8 @@ from kvarn.runner.batch import Batch
 from kvarn.runner.image import Image, Ints
 from kvarn.runner.pool import KVPool
 from kvarn.runner.sampler import Sampled
-from kvarn.runner.verify import pretend, walk
+from kvarn.runner.uniform import uniform
+from kvarn.runner.verify import pretend, standing, walk
 
 
 @dataclass(slots=True)
@@ -34,6 +35,11 @@ class InFlight:
     _tokens: Tensor | None = None  #: on the host once `_done` has happened
     _done: torch.cuda.Event | None = None
     _settled: bool = False
+
+    @property
+    def judges(self) -> bool:
+        """Whether it verifies drafts."""
+        return self.batch is not None and bool(self.batch.drafts)
 
     def expect(self, batch: Batch) -> None:
         """Make room for the tokens of every span that has caught up with what is known."""
@@ -101,7 +107,36 @@ class InFlight:
             extra.error = extra.error or f"the model's logits at position {length} are not finite"
 
     def _judge(self, batch: Batch, sampled: Sampled) -> None:
-        """Commit what verification leaves of each span.
+        """Commit what verification leaves of each span."""
+        tokens = np.array(sampled.tokens, np.int64)
+        told = bool(sampled.errors or sampled.logprobs) or self.alternatives is not None
+        if batch.forest is None and not told and tokens.min(initial=0) >= 0:
+            self._judge_chains(batch, tokens)
+        else:
+            self._judge_each(batch, sampled)
+
+    def _judge_chains(self, batch: Batch, chosen: Ints) -> None:
+        """All spans at once, of which nothing but tokens is asked."""
+        places, of, image = batch.lengths, batch.logits_spans, self.image
+        follows = np.append(of[1:] == of[:-1], False)  # a draft stands behind this row
+        draft = batch.tokens[np.minimum(batch.logits_at + 1, len(batch.tokens) - 1)]
+        if self.acceptance:
+            keys = image.owner[batch.rows[of]].astype(np.uint64)
+            stands = follows & (uniform(keys, places) < self.acceptance)
+            chosen = np.where(stands, draft, chosen)
+        else:
+            stands = follows & (chosen == draft)
+        first = np.flatnonzero(np.append(True, of[1:] != of[:-1]))
+        last = standing(stands, first)
+        kept = np.arange(len(of)) <= np.repeat(last, np.diff(np.append(first, len(of))))
+        rows = batch.rows[of]
+        image.commit_all(rows[kept], places[kept], chosen[kept])
+        tokens, spans = chosen.tolist(), batch.spans[of[first]].tolist()
+        for span, begin, end in zip(spans, first.tolist(), (last + 1).tolist()):
+            self.outcome.tokens[span] = tokens[begin:end]
+
+    def _judge_each(self, batch: Batch, sampled: Sampled) -> None:
+        """One span after the other: trees, and whatever else is asked.
 
         A position that could not be sampled ends its run: the next step meets the fault as the
         first position of its span, which is the sequence's error.

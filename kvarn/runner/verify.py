@@ -142,6 +142,17 @@ class Run:
     tokens: list[int]  #: chosen at these rows: the accepted drafts, and one token more
 
 
+def standing(stands: NDArray[np.bool_], first: Ints) -> Ints:
+    """[S] the last judged row on the way of each chain: the first whose draft does not stand.
+
+    `stands` [R]: whether the draft behind each judged row is what was chosen there; False where
+    there is none. The rows of chain s begin at `first[s]`.
+    """
+    ends = np.flatnonzero(~stands)
+    found: Ints = ends[np.searchsorted(ends, first)]
+    return found
+
+
 def walk(chosen: list[int], draft: Draft, faulty: Container[int] = ()) -> Run:
     """Follow the chosen tokens from row to row while a draft says the same.
 

@@ -1,67 +1,125 @@
 """`Measured`: what steps and drafts cost here and now, learnt from the steps themselves.
 
-Times are wall times: whatever the host adds to a step counts. The time of a size is the median of
-its last few, so that a step that compiled or captured something is forgotten. Where a size has not
-been seen, its time lies between those of its neighbours; beyond them it follows the nearest line,
-and never falls.
+Times are wall times: whatever the host adds to a step counts. Steps that verify drafts are a kind of
+their own: what they follow must be known before they are planned, so the host's part of them is not
+hidden behind the step before. The first plain step after one of these pays for the same once
+(`back`), and says nothing of plain steps.
+
+The time of a size is the mean of the middle half of its last few, so that a step that compiled or
+captured something does not count; what was seen once only is not believed. Sizes are taken together
+in classes of an eighth. Where a class has not been seen, its time lies between those of its
+neighbours; beyond them it follows the line through the first and the last, and never falls.
 """
 
 from bisect import bisect_left, insort
 from collections import deque
-from statistics import median
 
-LAST = 7  #: times of a size that count
+LAST = (
+    32  #: times of a size that count: contexts grow meanwhile, but steps vary by a tenth and more
+)
+FINE = 8  #: classes from one power of two to the next
+NEAR, APART = 1.25, 2.0  #: a size is known this near to one that was seen, or this far from two
 
 
 class Measured:
     """Seconds by size; a step's size is its rows, a draft's its tokens."""
 
     def __init__(self) -> None:
-        self._steps = _Curve()
-        self._drafts = _Curve()
+        self._plain, self._verifying, self._drafts = _Curve(), _Curve(), _Curve()
+        self._back = _Curve()
+        self._ahead = False  # the last step was plain: the next one was planned while it ran
 
-    def saw_step(self, rows: int, seconds: float) -> None:
-        """A step of `rows` positions took so long."""
-        self._steps.add(rows, seconds)
+    def saw_plain(self, rows: int, seconds: float, ahead: bool = True) -> None:
+        """A plain step of `rows` single rows took so long; `ahead`: nobody waited for its plan."""
+        if ahead and self._ahead:
+            self._plain.add(rows, seconds)
+        elif ahead and self._plain.at(rows):
+            self._back.add(1, max(0.0, seconds - self._plain.at(rows)))
+        self._ahead = ahead
+
+    def saw_verifying(self, rows: int, seconds: float) -> None:
+        """A step of `rows` positions, drafts and what they follow, took so long."""
+        self._verifying.add(rows, seconds)
+        self._ahead = False
+
+    def saw_other(self, ahead: bool) -> None:
+        """A step whose time says nothing, with prompts in it."""
+        self._ahead = ahead
 
     def saw_draft(self, tokens: int, seconds: float) -> None:
         """Drafting `tokens` in all took so long."""
         self._drafts.add(tokens, seconds)
 
     def step(self, rows: int) -> float:
-        """A step that computes `rows` positions [s]; 0 while nothing is known."""
-        return self._steps.at(rows)
+        """A plain step of `rows` positions [s]; 0 while nothing is known."""
+        return self._plain.at(rows)
+
+    def verifying(self, rows: int) -> float:
+        """A step of `rows` positions, drafts among them [s]; at least a plain one."""
+        return max(self._verifying.at(rows), self._plain.at(rows))
 
     def draft(self, seqs: int, most: int) -> float:
         """Drafting up to `most` tokens for each of `seqs` sequences [s]; 0: nothing is known."""
         return self._drafts.at(seqs * most)
+
+    def back(self) -> float:
+        """What the first plain step after one with drafts costs more than others [s]."""
+        return self._back.at(1)
+
+    def knows(self, rows: int) -> bool:
+        """Whether plain steps of about this size were seen."""
+        return self._plain.knows(rows)
+
+
+def class_of(size: int) -> int:
+    """The largest size of the class that `size` is in."""
+    step = 1 << max(0, (size - 1).bit_length() - FINE.bit_length())
+    return -(-size // step) * step
 
 
 class _Curve:
     """Piecewise linear through what was seen."""
 
     def __init__(self) -> None:
-        self._sizes: list[int] = []
+        self._sizes: list[int] = []  # that are believed, rising
         self._times: dict[int, deque[float]] = {}
         self._seconds: dict[int, float] = {}
 
     def add(self, size: int, seconds: float) -> None:
-        times = self._times.get(size)
-        if times is None:
-            insort(self._sizes, size)
-            times = self._times[size] = deque(maxlen=LAST)
+        size = class_of(size)
+        times = self._times.setdefault(size, deque(maxlen=LAST))
         times.append(seconds)
-        self._seconds[size] = median(times)
+        if len(times) == 1:
+            return
+        if size not in self._seconds:
+            insort(self._sizes, size)
+        middle, side = sorted(times), (len(times) - 1) // 4
+        if len(times) == 2:
+            middle.pop()  # the first of a size may have captured it
+        middle = middle[side : len(middle) - side]
+        self._seconds[size] = sum(middle) / len(middle)
+
+    def knows(self, size: int) -> bool:
+        size, sizes = class_of(size), self._sizes
+        if size in self._seconds:
+            return True
+        after = bisect_left(sizes, size)
+        more = sizes[after] / size if after < len(sizes) else APART + 1
+        less = size / sizes[after - 1] if after else APART + 1
+        return min(more, less) <= NEAR or max(more, less) <= APART
 
     def at(self, size: int) -> float:
         sizes, seconds = self._sizes, self._seconds
+        size = class_of(size)
         if size in seconds:
             return seconds[size]
         if not sizes:
             return 0.0
         after = bisect_left(sizes, size)
-        if len(sizes) == 1 or after == 0:
-            return seconds[sizes[min(after, len(sizes) - 1)]]
-        left, right = sizes[min(after, len(sizes) - 1) - 1], sizes[min(after, len(sizes) - 1)]
+        if len(sizes) == 1:
+            return seconds[sizes[0]]
+        first, last = (after - 1, after) if 0 < after < len(sizes) else (0, -1)
+        left, right = sizes[first], sizes[last]
         slope = max(0.0, (seconds[right] - seconds[left]) / (right - left))
-        return seconds[left] + slope * (size - left)
+        near = sizes[max(0, after - 1)]
+        return max(0.0, seconds[near] + slope * (size - near))

@@ -39,11 +39,23 @@ class Costs(Protocol):
     """What steps and drafts cost now, in seconds; measured by the engine as it goes."""
 
     def step(self, rows: int) -> float:
-        """A step that computes `rows` positions for the sequences that run."""
+        """A step without drafts that computes `rows` positions for the sequences that run."""
+        ...
+
+    def verifying(self, rows: int) -> float:
+        """A step that computes `rows` positions, drafts among them."""
         ...
 
     def draft(self, seqs: int, most: int) -> float:
         """Drafting up to `most` tokens for each of `seqs` sequences."""
+        ...
+
+    def back(self) -> float:
+        """What the first step without drafts after one with them costs more than others."""
+        ...
+
+    def knows(self, rows: int) -> bool:
+        """Whether `step(rows)` is more than a guess."""
         ...
 
 
@@ -73,7 +85,8 @@ class LengthControl(Protocol):
         ...
 
     def observe(self, records: Sequence[Verified], step: float, draft: float) -> None:
-        """Learn from a step that judged drafts: its records, and the seconds of it and of them."""
+        """Learn from a step for which drafts were asked, found or not: its records, and the seconds
+        of it (0: it computed prompts too, which says nothing of drafts) and of the drafting."""
         ...
 
     def forget(self, seq: SeqId) -> None:

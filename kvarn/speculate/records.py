@@ -33,7 +33,8 @@ Listener = Callable[[Record], None]
 
 
 def records(plan: StepPlan, result: StepResult, drafts: Mapping[SeqId, Draft]) -> list[Record]:
-    """Of a step that came back; drafts whose verification met a fault of the logits have none."""
+    """Of a step that came back; drafts whose verification met a fault of the logits have none, nor
+    do those of sequences that ended meanwhile."""
     return [
         Record(
             span.seq,
@@ -44,5 +45,5 @@ def records(plan: StepPlan, result: StepResult, drafts: Mapping[SeqId, Draft]) -
             tokens,
         )
         for span, tokens in zip(plan.spans, result.tokens, strict=True)
-        if span.drafts and tokens
+        if span.drafts and tokens and span.seq in drafts
     ]

@@ -25,6 +25,7 @@ class Speculation:
     listeners: list[Listener] = field(default_factory=list)  #: hear of every draft judged
     _drafting: float = 0.0  #: seconds of the drafting that the step under way verifies
     _drafts: dict[SeqId, Draft] = field(default_factory=dict)  #: that it verifies
+    _asked: bool = False  #: drafts were asked for, so that it was planned late
 
     def between_steps(self, control: ControlPlane) -> None:
         """Before a step is planned: nothing is drafted, and no draft waits for its judgement."""
@@ -68,7 +69,7 @@ class Speculation:
         ]
         began = self.clock()
         drafts = self.proposer.propose(asks, self.length) if asks else []
-        self._drafting = self.clock() - began
+        self._drafting, self._asked = self.clock() - began, True
         self._drafts = {
             ask.seq.id: draft.first(ask.most)
             for ask, draft in zip(asks, drafts, strict=True)
@@ -81,33 +82,43 @@ class Speculation:
 
     def observe(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
         """A step came back, `seconds` after the one before it, drafting included."""
-        if not plan.drafts:
-            if plan.n_tokens == len(plan.spans) and plan.spans[-1].wants_logits:
-                self.costs.saw_step(plan.n_tokens, seconds - self._drafting)
-            self._drafting = 0.0
+        asked, seconds = self._asked, seconds - self._drafting
+        pure = self._saw(plan, seconds)
+        if not asked:
             return
+        drafts = self._drafts
         records = [
             Verified(
                 span.seq, span.drafts, max(0, len(tokens) - 1),
-                self._drafts[span.seq].confidence[: span.drafts] if span.drafts else [],
+                drafts[span.seq].confidence[: span.drafts] if span.drafts else [],
             )
             for span, tokens in zip(plan.spans, result.tokens, strict=True)
-            if span.wants_logits and tokens
+            if span.wants_logits and tokens and (span.seq in drafts or not span.drafts)
         ]  # fmt: skip
-        if all(span.wants_logits and span.length == span.drafts + 1 for span in plan.spans):
-            self.costs.saw_step(plan.n_tokens, seconds - self._drafting)
         if self.trainer is not None:
             self.trainer.observe(plan, result)
         if self.listeners:
             for record in judged(plan, result, self._drafts):
                 for listener in self.listeners:
                     listener(record)
-        self.length.observe(records, seconds - self._drafting, self._drafting)
+        self.length.observe(records, seconds if pure else 0.0, self._drafting)
         self.proposer.observe(records)
-        self._drafting, self._drafts = 0.0, {}
+        self._drafting, self._drafts, self._asked = 0.0, {}, False
+
+    def _saw(self, plan: StepPlan, seconds: float) -> bool:
+        """Learn from the step's time; whether it says anything of others."""
+        if not all(span.wants_logits and span.length == span.drafts + 1 for span in plan.spans):
+            self.costs.saw_other(ahead=not self._asked)
+            return False
+        if plan.drafts:
+            self.costs.saw_verifying(plan.n_tokens, seconds)
+        else:
+            self.costs.saw_plain(plan.n_tokens, seconds, ahead=not self._asked)
+        return True
 
     def forget(self, seq: Seq) -> None:
-        """The sequence has ended."""
+        """The sequence has ended; what is said of a draft in flight is of no use to anybody."""
+        self._drafts.pop(seq.id, None)
         self.length.forget(seq.id)
         self.proposer.forget(seq)
         if self.trainer is not None:

@@ -1,9 +1,9 @@
 """Length controls on recorded or made-up acceptance, in modelled time: no model, no clock.
 
 A stream says of every position whether a draft that reaches it would be accepted there; a round at
-position t with k drafts brings the accepted ones and one token more. All streams run in one batch
-of constant size. The control sees what it sees in an engine: costs learnt from
-the steps that were made, and records of those that judged drafts.
+position t with k drafts brings the accepted ones and one token more. All streams run in one batch.
+The control sees what it sees in an engine: costs learnt from the steps that were made, and records
+of those that judged drafts.
 """
 
 from collections.abc import Iterable, Sequence
@@ -50,16 +50,77 @@ class Roofline:
         """A step of `rows` positions [s]."""
         return self.fixed + max(self.read, self.row * rows)
 
+    def verifying(self, rows: int) -> float:
+        """The same with drafts."""
+        return self.step(rows)
+
     def draft(self, seqs: int, most: int) -> float:
         """Drafting up to `most` tokens for each [s]."""
         return self.token * most
+
+    def back(self) -> float:
+        """Nothing."""
+        return 0.0
+
+    def knows(self, rows: int) -> bool:
+        """Always."""
+        return True
+
+
+@dataclass(slots=True)
+class Overlapped:
+    """A GPU whose plain steps are replayed and planned ahead, and whose drafted ones are not.
+
+    The times were fitted to an H100 that serves an 8B model, with drafts verified in steps that
+    were launched kernel by kernel (`lines` in milliseconds, as in `benchmarks/results`).
+    """
+
+    plain: tuple[float, float] = (5.7e-3, 24.5e-6)  #: of a step, and of each row [s]
+    verify: tuple[float, float] = (10.2e-3, 34e-6)  #: the same with drafts, the host's part too
+    gap: float = 1.5e-3  #: what the host adds where a plan could not be made ahead [s]
+    token: float = 0.0  #: drafting one token for everybody [s]
+
+    def step(self, rows: int) -> float:
+        """A plain step behind another one [s]."""
+        return self.plain[0] + self.plain[1] * rows
+
+    def verifying(self, rows: int) -> float:
+        """A step with drafts, from what it follows to what follows it [s]."""
+        return self.verify[0] + self.verify[1] * rows
+
+    def draft(self, seqs: int, most: int) -> float:
+        """Drafting up to `most` tokens for each [s]."""
+        return self.token * most
+
+    def back(self) -> float:
+        """The first plain step is planned late too."""
+        return self.gap
+
+    def knows(self, rows: int) -> bool:
+        """Always."""
+        return True
+
+
+@dataclass(slots=True)
+class Noise:
+    """What times are multiplied with: 1 on average, and now and then a stall."""
+
+    spread: float  #: of the logarithm
+    chance: Random
+    stalls: float = 0.002  #: share of steps
+    stall: float = 4.0  #: what these take, in steps
+
+    def __call__(self, seconds: float) -> float:
+        """One measurement of a step that takes `seconds` on average."""
+        found = self.chance.lognormvariate(-(self.spread**2) / 2, self.spread)
+        return seconds * (self.stall if self.chance.random() < self.stalls else found)
 
 
 @dataclass(slots=True)
 class Played:
     """What a control made of the streams."""
 
-    plain_seconds: float  #: of the same tokens without drafts
+    plain_seconds: float = 0.0  #: of the same tokens without drafts
     seconds: float = 0.0
     rounds: int = 0
     drafted: int = 0
@@ -73,46 +134,121 @@ class Played:
         return self.plain_seconds / self.seconds
 
 
-def play(control: LengthControl, streams: Sequence[Stream], times: Costs, most: int = 16) -> Played:
+def play(
+    control: LengthControl,
+    streams: Sequence[Stream],
+    times: Costs,
+    most: int = 16,
+    noise: Noise | None = None,
+    costs: Measured | None = None,
+    ends: bool = False,
+) -> Played:
     """As many tokens as the streams hold; the control learns the times as an engine would.
 
-    The batch stays full: a stream that ends begins again, as another sequence.
+    The batch stays full: a stream that ends begins again, as another sequence. With `ends` it
+    becomes empty instead, and every stream is played once. `costs`: what was learnt before.
     """
-    n, tokens = len(streams), sum(len(one.accepted) for one in streams)
-    seqs = [_sequence(i) for i in range(n)]
-    at, costs, played = [0] * n, Measured(), Played(tokens / n * times.step(n))
-    while played.rounds * n + played.accepted < tokens:
-        left = [len(one.accepted) - position for one, position in zip(streams, at, strict=True)]
-        lengths = _planned(control, seqs, [min(most, one - 1) for one in left], costs)
-        records = [
-            _judged(seq.id, stream, position, length, control)
-            for seq, stream, position, length in zip(seqs, streams, at, lengths, strict=True)
-        ]
-        _account(played, control, records, times, costs)
-        for i, record in enumerate(records):
-            at[i] += record.accepted + 1
-            if at[i] >= len(streams[i].accepted):
-                control.forget(record.seq)
-                seqs[i], at[i] = _sequence(record.seq + n), 0
+    game = _Game(control, list(streams), times, most, noise, costs or Measured())
+    tokens = sum(len(one.accepted) for one in streams)
+    played = game.played
+    while game.playing and (ends or played.rounds * len(streams) + played.accepted < tokens):
+        game.round(ends)
+    if not ends:
+        n = len(streams)
+        played.plain_seconds = tokens / n * times.step(n)
+    else:
+        lengths = sorted(len(one.accepted) for one in streams)
+        for i, (before, length) in enumerate(zip([0, *lengths], lengths)):
+            played.plain_seconds += (length - before) * times.step(len(lengths) - i)
     return played
 
 
-def _sequence(number: int) -> Seq:
+_serial = iter(range(1 << 62))
+
+
+def _sequence() -> Seq:
+    number = next(_serial)
     return Seq(number, Request(str(number), [0]), 0, [0], 0, (0, number))
 
 
-def _planned(
-    control: LengthControl, seqs: Sequence[Seq], room: Sequence[int], costs: Costs
-) -> list[int]:
-    """What the control asks for, for those that have room."""
-    lengths = [0] * len(seqs)
-    can = [i for i, most in enumerate(room) if most > 0]
-    if control.rests() or not can:
+class _Game:
+    """Rounds of one batch."""
+
+    def __init__(
+        self,
+        control: LengthControl,
+        streams: list[Stream],
+        times: Costs,
+        most: int,
+        noise: Noise | None,
+        costs: Measured,
+    ) -> None:
+        self.control, self.times, self.most, self.noise = control, times, most, noise
+        self.costs, self.played = costs, Played()
+        self.playing = [(_sequence(), stream) for stream in streams]
+        self.at = dict.fromkeys((seq.id for seq, _ in self.playing), 0)
+        self.plain_before = True
+
+    def round(self, ends: bool) -> None:
+        """One step of everybody who plays."""
+        lengths = self._planned()
+        records = [
+            _judged(seq.id, stream, self.at[seq.id], length, self.control)
+            for (seq, stream), length in zip(self.playing, lengths, strict=True)
+        ]
+        self._account(records, asked=any(lengths))
+        left = []
+        for (seq, stream), record in zip(self.playing, records, strict=True):
+            self.at[seq.id] += record.accepted + 1
+            if self.at[seq.id] < len(stream.accepted):
+                left.append((seq, stream))
+                continue
+            self.control.forget(seq.id)
+            if not ends:
+                fresh = _sequence()
+                self.at[fresh.id] = 0
+                left.append((fresh, stream))
+        self.playing = left
+
+    def _planned(self) -> list[int]:
+        """What the control asks for, for those that have room."""
+        room = [
+            min(self.most, len(stream.accepted) - self.at[seq.id] - 1)
+            for seq, stream in self.playing
+        ]
+        lengths = [0] * len(room)
+        can = [i for i, most in enumerate(room) if most > 0]
+        if self.control.rests() or not can:
+            return lengths
+        seqs, others = [self.playing[i][0] for i in can], len(room) - len(can)
+        asked = self.control.plan(Round(seqs, [room[i] for i in can], others, self.costs))
+        for i, count in zip(can, asked, strict=True):
+            lengths[i] = min(count, room[i])
         return lengths
-    round_ = Round([seqs[i] for i in can], [room[i] for i in can], len(seqs) - len(can), costs)
-    for i, asked in zip(can, control.plan(round_), strict=True):
-        lengths[i] = min(asked, room[i])
-    return lengths
+
+    def _account(self, records: list[Verified], asked: bool) -> None:
+        """Time of the round, and what the control is told of it."""
+        times, costs, played = self.times, self.costs, self.played
+        drafted = sum(one.drafted for one in records)
+        rows, longest = len(records) + drafted, max(one.drafted for one in records)
+        late = times.back() if asked or not self.plain_before else 0.0
+        step = times.verifying(rows) if drafted else times.step(rows) + late
+        draft = times.draft(sum(1 for one in records if one.drafted), longest) if drafted else 0.0
+        if self.noise is not None:
+            step, draft = self.noise(step), self.noise(draft)
+        if drafted:
+            costs.saw_verifying(rows, step)
+            costs.saw_draft(drafted, draft)
+        else:
+            costs.saw_plain(rows, step, ahead=not asked)
+        if asked:
+            self.control.observe(records, step, draft)
+        self.plain_before = not asked
+        played.seconds += step + draft
+        played.rounds += 1
+        played.drafted += drafted
+        played.accepted += sum(one.accepted for one in records)
+        played.first.append((records[0].drafted, records[0].accepted))
 
 
 def _judged(seq: int, stream: Stream, at: int, length: int, control: LengthControl) -> Verified:
@@ -126,22 +262,3 @@ def _judged(seq: int, stream: Stream, at: int, length: int, control: LengthContr
     judged = stream.accepted[at : at + length]
     accepted = next((i for i, good in enumerate(judged) if not good), length)
     return Verified(seq, length, accepted, sure or [1.0] * length)
-
-
-def _account(
-    played: Played, control: LengthControl, records: list[Verified], times: Costs, costs: Measured
-) -> None:
-    """Time of the round, and what the control is told of it."""
-    drafted = sum(one.drafted for one in records)
-    rows, longest = len(records) + drafted, max(one.drafted for one in records)
-    step = times.step(rows)
-    draft = times.draft(sum(1 for one in records if one.drafted), longest) if drafted else 0.0
-    costs.saw_step(rows, step)
-    if drafted:
-        costs.saw_draft(drafted, draft)
-        control.observe(records, step, draft)
-    played.seconds += step + draft
-    played.rounds += 1
-    played.drafted += drafted
-    played.accepted += sum(one.accepted for one in records)
-    played.first.append((records[0].drafted, records[0].accepted))

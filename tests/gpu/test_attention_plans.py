@@ -73,7 +73,7 @@ def tabled(case: Case) -> Case:
 def captured(
     case: Case, n_rows: int, backend: TritonAttention | None = None
 ) -> tuple[torch.Tensor, Any]:
-    """The step by a graph plan for `n_rows` spans, run without capture: o, and the plan."""
+    """The step by a graph plan for `n_rows` rows, run without capture: o, and the plan."""
     backend = backend or TritonAttention()
     cache, *step = prepare(case, backend)
     heads, kv_heads, dim = case.q.shape[1], cache.shape[1], case.q.shape[2]
@@ -155,10 +155,23 @@ def test_captured_shared_prefixes(finely_cut: None) -> None:
 
 def test_captured_spans_of_some_rows(finely_cut: None) -> None:
     spans = [(90, 4), (700, 4), (0, 4), (650, 4)]
-    check_captured(tabled(make(spans)), 6)
-    check_captured(tabled(share(make(spans), [(0, 2, 80)])), 6)
-    with pytest.raises(ConfigError, match="spans of at most 8 rows"):
-        captured(tabled(make([(90, 9)])), 2)
+    check_captured(tabled(make(spans)), 16)
+    check_captured(tabled(share(make(spans), [(0, 2, 80)])), 20)
+    with pytest.raises(ConfigError, match="spans of at most 32 rows"):
+        captured(tabled(make([(90, 33)])), 40)
+
+
+@pytest.mark.parametrize("longest", [2, 8, 12, 32])
+def test_captured_spans_of_unlike_lengths(finely_cut: None, longest: int) -> None:
+    """Drafts of any lengths in one plan, which is that of the longest; rows are left over."""
+    spans = [(90, 1), (700, longest), (0, 1), (650, 1 + longest // 2), (1, 2)]
+    backend, heads = TritonAttention(), (4, 2, 64)
+    total = sum(rows for _, rows in spans)
+    assert check_captured(tabled(make(spans)), total).sizes["slots"] == total
+    check_captured(tabled(make(spans, window=40)), total + 13)
+    one, other = (tabled(make([(9, rows)])).rows for rows in (longest, max(2, longest - 1)))
+    same = backend.graph_key(one, *heads) == backend.graph_key(other, *heads)
+    assert same or longest - 1 in (8, 16)
 
 
 def test_an_idle_step_writes_nothing() -> None:
@@ -199,7 +212,7 @@ def test_any_step_fits_the_plan_of_its_key(seed: int) -> None:
     for _ in range(30):
         n, rows_each = int(rng.integers(1, 300)), int(rng.choice([1, 1, 2, 8]))
         group = int(rng.choice([1, 2, 4, 8]))
-        rows_each = min(rows_each, 16 // group)
+        rows_each = min(rows_each, 64 // group)
         kv_heads = int(rng.choice([1, 2, 8]))
         longest = int(10 ** rng.uniform(1, 5))
         start = rng.integers(0, longest, n) if rng.random() < 0.5 else np.full(n, longest)
@@ -217,7 +230,7 @@ def test_any_step_fits_the_plan_of_its_key(seed: int) -> None:
         backend = TritonAttention()
         backend.multiprocessors = 132
         heads = Heads(group * kv_heads, kv_heads, 128, 2, 132)
-        plan = backend.graph_plan(n, heads.heads, kv_heads, 128, rows)
+        plan = backend.graph_plan(n * rows_each, heads.heads, kv_heads, 128, rows)
         host = {name: np.zeros(size, np.int32) for name, size in plan.sizes.items()}
         plan.fill(rows, host)
         work = lay_out_small(rows, heads).work

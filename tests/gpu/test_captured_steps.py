@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from golden.test_engine import expected, make_engine, make_requests, run
+from golden.test_speculation import speculating
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -17,7 +18,7 @@ pytest.importorskip("triton")
 from kvarn.core.request import Request, SamplingParams
 from kvarn.kernels.attention.triton import TritonAttention
 from kvarn.runner.executor import Runner
-from kvarn.runner.graphs import CudaCapture, Graphs, buckets
+from kvarn.runner.graphs import CudaCapture, Graphs, buckets, verify_buckets
 from kvarn.runner.pool import KVPool
 from kvarn.runner.state import DeviceState
 from kvarn.runner.warm import every_kernel
@@ -59,8 +60,9 @@ def captured(folder: str, **options: Any) -> tuple[Any, Counting]:
     width = -(-config.max_len // config.page_size) + 1
     state = DeviceState(config.max_seqs, len(old.groups), width, DEVICE)
     capture = Counting()
+    verified = verify_buckets(config.max_seqs * (config.draft_tokens + 1))
     graphs = Graphs(
-        old.decoder, old.groups, pool, backend, state, buckets(config.max_seqs), capture
+        old.decoder, old.groups, pool, backend, state, buckets(config.max_seqs), capture, verified
     )
     engine.executor = Runner(
         old.decoder, old.groups, pool, backend, old.sampler, config.page_size, config.max_seqs,
@@ -79,6 +81,61 @@ def test_tokens_equal_naive(tiny_folder: Any, family: str, overlap: str) -> None
     assert capture.replays > 5
     assert engine.control.check_integrity() == []
     assert engine.stats().kv_pages_used == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("overlap", ["off", "on"])
+@pytest.mark.parametrize(("errs", "most", "pages"), [(0.0, 3, 60), (0.4, 3, 36), (0.4, 12, 60)])
+def test_verify_steps_are_replayed(
+    tiny_folder: Any, family: str, overlap: str, errs: float, most: int, pages: int
+) -> None:
+    """Drafts of every length and fate, in batches of every mixture; plain steps in between."""
+    requests = make_requests(5)
+    answers = expected(make_engine(tiny_folder(family)), requests)
+    engine, capture = captured(tiny_folder(family), overlap=overlap, pages=pages)
+    speculating(engine, answers, errs, most)
+    assert run(engine, requests, seed=most) == answers
+    replayed = engine.executor.replayed
+    assert replayed["verify"] > 2 and replayed["decode"] > 0
+    assert sum(replayed.values()) == capture.replays
+    assert engine.control.check_integrity() == []
+
+
+def test_drafts_of_any_length_share_a_few_graphs(tiny_folder: Any) -> None:
+    """The bucket counts rows; how they are spread over sequences makes no other graph."""
+    plain = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    requests = [Request(f"r{i}", [3 + i, 4, 5], plain) for i in range(6)]
+    engine, _ = captured(tiny_folder("llama"))
+    answers = expected(engine, requests)
+    speculating(engine, answers, 0.3, 3)
+    assert run(engine, requests, seed=1) == answers
+    graphs = engine.executor.graphs
+    verify = [graph for graph in graphs.found.values() if not graph.single]
+    assert 0 < len(verify) <= len(graphs.verified)
+
+
+def test_graphs_give_way_to_newer_ones(tiny_folder: Any, monkeypatch: Any) -> None:
+    """No more are kept than `MOST_GRAPHS`; what was dropped is captured anew."""
+    monkeypatch.setattr("kvarn.runner.graphs.MOST_GRAPHS", 2)
+    requests = make_requests(6)
+    engine, _ = captured(tiny_folder("llama"))
+    answers = expected(engine, requests)
+    speculating(engine, answers, 0.3, 3)
+    assert run(engine, requests, seed=2) == answers
+    assert len(engine.executor.graphs.found) == 2
+
+
+def test_verified_rows_with_rules_and_logprobs(tiny_folder: Any) -> None:
+    """Their logits are looked at, out of a captured step too."""
+    ruled = SamplingParams(
+        temperature=0.0, max_tokens=10, repetition_penalty=3.0, logprobs=1, ignore_eos=True
+    )
+    requests = [Request(f"r{i}", [3 + i, 4, 5], ruled) for i in range(3)]
+    wanted = run(make_engine(tiny_folder("llama")), requests, seed=1)
+    engine, _ = captured(tiny_folder("llama"))
+    speculating(engine, wanted, 0.3, 3)
+    assert run(engine, requests, seed=1) == wanted
+    assert engine.executor.replayed["verify"] > 0
 
 
 def test_rules_and_logprobs_between_plain_requests(tiny_folder: Any) -> None:

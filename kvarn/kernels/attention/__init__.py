@@ -124,7 +124,7 @@ class AttentionBackend(Protocol):
 
 
 class GraphPlan(FusedPlan, Protocol):
-    """A plan of fixed launches for at most `n_rows` spans of a few rows each, for CUDA graphs.
+    """A plan of fixed launches for at most `n_rows` rows, a few in each span, for CUDA graphs.
 
     What changes from step to step lies in int32 arrays of fixed size on the device. The runner
     owns them: it makes `sizes` before capture, hands the device's through `bind`, and before every
@@ -148,8 +148,12 @@ class GraphBackend(AttentionBackend, Protocol):
     def graph_plan(
         self, n_rows: int, n_heads: int, n_kv_heads: int, head_dim: int, rows: PagedRows
     ) -> GraphPlan:
-        """A plan whose launches fit any step of at most `n_rows` spans with the `graph_key` of
+        """A plan whose launches fit any step of at most `n_rows` rows with the `graph_key` of
         `rows` (whose page size, scale, window and soft-cap hold for all)."""
+        ...
+
+    def graph_fits(self, rows: PagedRows, n_heads: int, n_kv_heads: int, head_dim: int) -> bool:
+        """Whether the spans of a step are short enough for such a plan."""
         ...
 
     def graph_key(

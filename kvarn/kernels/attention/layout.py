@@ -51,9 +51,9 @@ class Heads:
         tiling = shared_tiling(self.dim, self.wide, self.group)
         return tiling, self.cut(tiling, SHARED_WAVES, SHARED_LEAST)
 
-    def decode(self) -> tuple[Tiling, Cut]:
-        """The launch of spans that fit into a small tile."""
-        tiling = decode_tiling(self.dim, self.wide, self.group)
+    def decode(self, longest: int = 1) -> tuple[Tiling, Cut]:
+        """The launch of spans that fit into a small tile, with room for `longest` rows."""
+        tiling = decode_tiling(self.dim, self.wide, self.group * longest)
         return tiling, self.cut(tiling, DECODE_WAVES, DECODE_LEAST)
 
     def chunk(self) -> tuple[Tiling, Cut]:
@@ -91,7 +91,7 @@ def lay_out(rows: PagedRows, heads: Heads) -> Layout:
 def lay_out_small(rows: PagedRows, heads: Heads) -> Layout:
     """Spans that all fit into a small tile, and their shared prefixes: always two launches."""
     runs = paying(rows, heads)
-    (wide, whole), (small, few) = heads.shared(), heads.decode()
+    (wide, whole), (small, few) = heads.shared(), heads.decode(longest(rows))
     lengths = rows.indptr[1:] - rows.indptr[:-1]
     own = tiles(rows, np.flatnonzero(lengths), own_low(rows, runs), few.height)
     kinds = [(whole, shared_tiles(rows, runs, whole.height)), (few, own)]
@@ -99,9 +99,14 @@ def lay_out_small(rows: PagedRows, heads: Heads) -> Layout:
     return Layout([wide, small], joined(items, rows.window))
 
 
+def longest(rows: PagedRows) -> int:
+    """Rows of the longest span."""
+    return int((rows.indptr[1:] - rows.indptr[:-1]).max(initial=1))
+
+
 def is_split(rows: PagedRows, heads: Heads) -> bool:
     """Whether `lay_out_small` splits a span; of steps without shared prefixes."""
-    _, few = heads.decode()
+    _, few = heads.decode(longest(rows))
     own = tiles(rows, np.flatnonzero(np.diff(rows.indptr)), rows.base, few.height)
     if not len(own):
         return False

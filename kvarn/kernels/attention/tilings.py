@@ -13,9 +13,10 @@ class Tiling:
     stages: int
 
 
-def decode_tiling(dim: int, wide: int, group: int) -> Tiling:
-    """For spans that fit into one small tile; `wide` is the size of a number. [bytes]"""
-    block_m = max(16, power_of_two(group))
+def decode_tiling(dim: int, wide: int, rows: int) -> Tiling:
+    """For spans that fit into one small tile of query heads times rows, of which the longest has
+    `rows`; `wide` is the size of a number. [bytes]"""
+    block_m = max(16, power_of_two(rows))
     if wide == 4:
         return Tiling(block_m, 32, 4, 2)
     if dim > 128:

@@ -12,7 +12,7 @@ from kvarn.kernels.attention import Ints, PagedRows
 from kvarn.kernels.attention.layout import Heads
 from kvarn.kernels.attention.selected import SelectedRows
 from kvarn.kernels.attention.storage import keys_of_slots, move_slots, read_slots, write_slots
-from kvarn.kernels.attention.triton_graph import GraphTritonPlan, Key, key_of
+from kvarn.kernels.attention.triton_graph import GraphTritonPlan, Key, fits, key_of
 from kvarn.kernels.attention.triton_plan import TritonPlan
 from kvarn.kernels.attention.triton_selected import (
     GraphSelectedPlan,
@@ -107,6 +107,10 @@ class TritonAttention(Part):
     def graph_key(self, rows: PagedRows, n_heads: int, n_kv_heads: int, head_dim: int) -> Key:
         """See `GraphBackend`."""
         return key_of(rows, self._heads(n_heads, n_kv_heads, head_dim))
+
+    def graph_fits(self, rows: PagedRows, n_heads: int, n_kv_heads: int, head_dim: int) -> bool:
+        """See `GraphBackend`."""
+        return fits(rows, self._heads(n_heads, n_kv_heads, head_dim))
 
     def _heads(self, n_heads: int, n_kv_heads: int, head_dim: int) -> Heads:
         return Heads(n_heads, n_kv_heads, head_dim, self.wide, self.multiprocessors)

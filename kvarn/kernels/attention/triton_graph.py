@@ -1,9 +1,11 @@
 """Attention plans of fixed launches, for CUDA graphs: one grid for any lengths.
 
-A bucket of n rows launches n + programs / KV heads items, which any step of at most n spans fits
+A bucket of n rows launches n + programs / KV heads items, which any step of at most n rows fits
 into (`tiles.split_length` says why); those that a step does not need are idle. What the launches of
-a step are beside that is its key: the rows of a span, whether a span is split, and whether a prefix
-is shared. Without the last two no room is made for splits, and nothing is merged.
+a step are beside that is its key: the rows that a tile has room for, whether a span is split, and
+whether a prefix is shared. Without the last two no room is made for splits, and nothing is merged.
+Spans may differ in length as long as the tile holds each of them, so drafts of any lengths go
+through one plan.
 """
 
 from collections.abc import Mapping
@@ -14,51 +16,54 @@ from torch import Tensor
 
 from kvarn.core.errors import ConfigError
 from kvarn.kernels.attention import PagedRows
-from kvarn.kernels.attention.layout import Heads, is_split, lay_out_small, paying
+from kvarn.kernels.attention.layout import Heads, is_split, lay_out_small, longest, paying
 from kvarn.kernels.attention.tiles import PART, Cut, Work
 from kvarn.kernels.attention.triton_plan import OnDevice, Round, TritonPlan
+
+TALLEST = 64  #: rows of the largest tile, query heads included
 
 Key = tuple[int, bool, bool]
 Arrays = Mapping[str, NDArray[np.int32]]
 
 
 def key_of(rows: PagedRows, heads: Heads) -> Key:
-    """Rows of a span, whether spans are split, whether prefixes are shared."""
-    longest = int((rows.indptr[1:] - rows.indptr[:-1]).max(initial=1))
+    """Rows of a span at most, whether spans are split, whether prefixes are shared."""
+    most = longest(rows)
+    room = 1 if most == 1 else heads.decode(most)[1].height
     shared = len(paying(rows, heads)) > 0
-    return longest, shared or is_split(rows, heads), shared
+    return room, shared or is_split(rows, heads), shared
 
 
 class GraphTritonPlan(TritonPlan):
-    """The launches of steps like `rows`, for at most `n_rows` spans; see `GraphPlan`."""
+    """The launches of steps like `rows`, of at most `n_rows` rows; see `GraphPlan`."""
 
     def __init__(self, rows: PagedRows, n_rows: int, heads: Heads) -> None:
         super().__init__(rows, False, heads.multiprocessors)
         self.heads = heads
         length, self.split, self.shared = key_of(rows, heads)
-        self.tiling, cut = heads.decode()
+        self.tiling, cut = heads.decode(longest(rows))
         self.wide, whole = heads.shared()
-        if length > cut.height:
+        if not fits(rows, heads):
             raise ConfigError(
-                f"a captured step takes spans of at most {cut.height} rows with {heads.group} "
-                f"query heads a KV head, not {length}; longer ones are chunks, which run eagerly"
+                f"a captured step takes spans of at most {TALLEST // heads.group} rows with "
+                f"{heads.group} query heads a KV head, not {longest(rows)}; longer ones are "
+                f"chunks, which run eagerly"
             )
         more = _more(cut, heads) if self.split else 0
         # m >= 2 spans of one row are in at most m / 2 tiles of three rows or more
         tiles = n_rows // 2 if length == 1 and whole.height > 2 else n_rows
         wide_items = tiles + _more(whole, heads) if self.shared else 0
-        total = n_rows * length
         self.n_slots = 0
         merges = 0
         if self.shared:
-            self.n_slots = 2 * total + more * length + _more(whole, heads) * whole.height
-            merges = total
+            self.n_slots = 2 * n_rows + more * length + _more(whole, heads) * whole.height
+            merges = n_rows
         elif self.split:
             self.n_slots = 2 * more * length
-            merges = min(n_rows, more) * length
+            merges = min(n_rows, more * length)
         self.counts = {"shared": wide_items, "items": n_rows + more}
         self.sizes = {
-            "slots": total, "shared": 8 * wide_items, "items": 8 * (n_rows + more),
+            "slots": n_rows, "shared": 8 * wide_items, "items": 8 * (n_rows + more),
             "merges": 3 * merges, "entries": self.n_slots,
         }  # fmt: skip
 
@@ -97,6 +102,11 @@ class GraphTritonPlan(TritonPlan):
                 f"the step has {needed} items and {work.n_slots} partial results, the captured "
                 f"plan room for {self.counts} and {self.n_slots}: capture one for its own key"
             )
+
+
+def fits(rows: PagedRows, heads: Heads) -> bool:
+    """Whether every span of a step fits into one tile of a captured plan."""
+    return longest(rows) == 1 or heads.decode(longest(rows))[0].block_m <= TALLEST
 
 
 def _more(cut: Cut, heads: Heads) -> int:

@@ -73,7 +73,7 @@ def threshold_of(costs: Costs, rows: int, seqs: int) -> float:
     step, token = costs.step(rows), costs.draft(seqs, 1)
     if step == 0.0:
         return UNKNOWN
-    discarded = token + max(0.0, costs.step(rows + seqs) - step)
+    discarded = token + max(0.0, costs.verifying(rows + seqs) - costs.verifying(rows))
     verification = max(0.0, step - token)
     if discarded == 0.0:
         return GREATEST

@@ -2,52 +2,44 @@
 
 Position i of a draft survives with probability a^i, a being what the sequence's drafts have been
 accepted with, drawn towards the acceptance of all: the largest of many noisy shares is luck. The
-tokens of all sequences are taken in falling order of survival; of every number of them, the one
-with the most expected tokens a second is drafted, by the measured times of steps and drafts. None
-is a candidate like any other.
+tokens of all sequences are taken in falling order of survival; of the numbers of them, the one with
+the most expected tokens a second is drafted, by the measured times of steps with drafts. None is a
+candidate like any other, by the measured times of steps without, which are planned ahead and so
+cost less than such a step with no drafts in it.
 
-Expectations are held against what came: every few rounds with drafts, the tokens that they brought
-and the time that they took are compared with what plain steps would have (the utility of arXiv
-2506.20675, over the batch; the budget is ours, as are the constants). Where drafts lose, by either
-measure, they are tried again after a pause that doubles with every failure, so that what
-speculation costs where it does not pay tends to nothing.
+An account bounds what may be lost (ours; the measure is the utility of arXiv 2506.20675 over the
+batch). It is kept in plain steps. Every round without drafts pays `SHARE` of a step into it; every
+round with drafts pays in what it gained over plain steps, or takes out what it lost, by the tokens
+and the time that it really took. Drafts that the estimates speak for are made while the account is
+not empty. Where the estimates speak against them, or know nothing, they are tried, `TRIAL` rounds
+at one length for everybody, when the account can pay for that. So all that is ever lost is what the
+account began with and `SHARE` of the time, whatever the estimates say.
 
-Regime: the default. It needs times that repeat; on a machine whose steps vary by more than drafts
-gain, it decides by noise.
+Regime: the default. It needs times that repeat: what drafts gain must show within some dozen rounds.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import heappop, heappush
 
 from kvarn.core.part import Cap, Part
 from kvarn.core.plan import SeqId
-from kvarn.speculate.part import Round, Verified
+from kvarn.speculate.part import Costs, Round, Verified
 
-PRIOR = 0.5  #: acceptance of a drafted token, while nothing has been seen
+PRIOR, WEIGHT = 0.5, 12  #: acceptance of a drafted token while nothing has been seen; judged tokens
 KEEP, KEEP_ALL = 0.97, 0.998  #: weight of the past at each judged token: a sequence's, of all
 OTHERS = 16  #: judged tokens that the acceptance of all counts as in a sequence's own
-PAYS = 1.03  #: speculation must promise this many times the tokens a second of none
-FIRST_PAUSE, LONGEST_PAUSE = 8, 512  #: rounds without drafts after a failure
-REFRESH = 50  #: rounds after which one without drafts measures the plain step again
-LEARN = 12  #: rounds of drafts before times are believed
-TRIED_SHARE = 8  #: one of so many sequences is drafted for in these rounds
-HOPELESS = 0.8, 4  #: below this gain after so many rounds, the rest of them is not waited for
-JUDGE = 16  #: rounds of drafts over which they are judged by what they brought
-LOOK = 16  #: once in so many rounds another number of tokens is drafted, to learn its time:
-ASIDE = 0.8, 1.2, 0.6  #: these shares of the best one, in turn
-LONGEST_TRIAL = 4  #: draft of these rounds, from 1 token on [tokens]
-
-
-@dataclass(slots=True)
-class _Made:
-    """What rounds with drafts brought, and what plain steps would have."""
-
-    rounds: int = 0
-    tokens: int = 0
-    plain_tokens: int = 0
-    seconds: float = 0.0
-    plain_seconds: float = 0.0
+FOUND = 0.95  #: weight of the past in the share of asked tokens that the proposer finds, by round
+PAYS = 1.02  #: drafts must promise this many times the tokens a second of none
+SHARE = 0.01  #: of the time without drafts, what may be lost by trying them
+FIRST, MOST = 3.0, 6.0  #: the account's beginning, and its most [plain steps]
+DEAREST = 2.0  #: a round loses no more than this [plain steps]: longer ones were a capture, say
+TRIAL, LENGTHS = 3, (3, 1, 5, 2)  #: rounds of a trial, and the lengths of trials, in turn
+LEAST_LOSS = 0.05  #: of a round on trial, at least, as far as the estimates know [plain steps]
+PLAIN = 4  #: rounds without drafts that measure the plain step: the first does not count
+REFRESH = 200  #: rounds with drafts after which it is measured again
+GRID = 24  #: numbers of drafted tokens that are compared
+LOOK = 16  #: once in so many rounds another number is drafted, to learn its time:
+ASIDE = 0.8, 1.25, 0.6  #: these shares of the best one, in turn
 
 
 @dataclass(slots=True)
@@ -73,58 +65,60 @@ class Survival(Part):
     name, kind = "survival", "draft-length"
     needs = frozenset({Cap.STEP_TIMES})
     regime = (
-        "The default: gives drafts up where they do not pay. Loses to the best fixed length where "
-        "that is known, and on machines whose steps vary by more than drafts gain."
+        "The default: gives drafts up where they do not pay, and loses at most some hundredth of "
+        "the time by finding out. Loses to the best fixed length where that is known."
     )
 
     def __init__(self) -> None:
         self._past: dict[SeqId, _Past] = {}
-        self._all = _Past(PRIOR * LEARN, LEARN)  # of every sequence, those that ended too
-        self._resting = 0  # rounds left without drafts
-        self._pause = FIRST_PAUSE
-        self._tried = 0  # rounds with drafts since the last rest
+        self._all = _Past(PRIOR * WEIGHT, WEIGHT)  # of every sequence, those that ended too
+        self._found = 1.0  # of the tokens asked for, the share that the proposer finds
+        self._account = FIRST
+        self._resting = 0  # rounds left that measure the plain step
+        self._since = 0  # rounds with drafts since it was measured
+        self._trial = 0  # rounds left of the trial under way
+        self._trials = 0
         self._round = 0
+        self._asked = 0  # tokens, in the round under way; 0: none
         self._least = 0.0  # survival below which a token costs more than it brings
         self._plain = 0.0  # the step without drafts, of the round under way [s]
-        self._made = _Made()
+        self._back = 0.0  # what going back to such steps costs [plain steps]
 
     def rests(self) -> bool:
-        """After drafts did not pay, and now and then to time the plain step."""
+        """While the plain step is measured."""
         self._round += 1
-        if self._round % REFRESH == 0:
-            return True
-        self._resting -= self._resting > 0
-        return self._resting > 0
+        if self._resting == 0 and self._since >= REFRESH:
+            self._rest()
+        if self._resting == 0:
+            return False
+        self._resting -= 1
+        self._goes_plain()
+        return True
 
     def plan(self, round_: Round) -> list[int]:
         """Tokens for each sequence; all 0 while drafts do not pay."""
-        rows = round_.others + len(round_.seqs)
-        none = [0] * len(round_.seqs)
-        if round_.costs.step(rows) == 0.0:
-            return none
-        if self._tried < LEARN:
-            return self._trial(round_)
-        lengths, ratio = self._best(round_, rows)
-        if ratio >= PAYS:
-            self._plain = round_.costs.step(rows)
+        n, costs = len(round_.seqs), round_.costs
+        if not costs.knows(n):
+            self._rest()
+            self._goes_plain()
+            return [0] * n
+        self._plain = costs.step(n)
+        self._back = min(costs.back() / self._plain, DEAREST)
+        lengths, gain = self._best(round_)
+        if self._trial == 0 and gain < PAYS and self._can_try(costs, n):
+            self._trial = TRIAL
+        if self._trial > 0:
+            lengths = [min(self._tried, room) for room in round_.room]
+            self._trial -= 1
+            self._trials += self._trial == 0
+        elif gain < PAYS or self._account <= 0.0:
+            lengths = [0] * n
+        if not any(lengths):
+            self._goes_plain()
             return lengths
-        self._rest()
-        return none
-
-    def _trial(self, round_: Round) -> list[int]:
-        """Drafts of 1 to `LONGEST_TRIAL` tokens for a few sequences, in turn."""
-        n, length = len(round_.room), 1 + self._tried % LONGEST_TRIAL
-        some = max(1, n // TRIED_SHARE)
-        first = self._tried * some
-        lengths = [0] * n
-        for place in range(first, first + some):
-            lengths[place % n] = min(length, round_.room[place % n])
+        self._since += 1
+        self._asked = sum(lengths)
         return lengths
-
-    def _rest(self) -> None:
-        self._resting, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
-        self._tried = LEARN - 2  # two rounds of drafts before the next judgement
-        self._made = _Made()
 
     def goes_on(self, confidence: Sequence[float]) -> bool:
         """While what has been drafted is likely enough to stand."""
@@ -135,71 +129,84 @@ class Survival(Part):
 
     def observe(self, records: Sequence[Verified], step: float, draft: float) -> None:
         """Acceptance by sequence: of the tokens that were judged, how many stood."""
-        drafted = False
+        drafted = tokens = 0
         for one in records:
-            past = self._past.setdefault(one.seq, _Past())
+            tokens += one.accepted + 1
             if one.drafted == 0:
-                past.fade(KEEP)  # who is not drafted for comes back to the acceptance of all
+                past = self._past.get(one.seq)
+                if past is not None:  # who is not drafted for comes back to the acceptance of all
+                    past.fade(KEEP)
                 continue
-            drafted = True
+            drafted += one.drafted
             judged = min(one.accepted + 1, one.drafted)
-            past.add(one.accepted, judged, KEEP)
+            self._past.setdefault(one.seq, _Past()).add(one.accepted, judged, KEEP)
             self._all.add(one.accepted, judged, KEEP_ALL)
-        self._tried += drafted
-        if drafted and self._plain:
-            self._judge(records, step + draft)
-
-    def _judge(self, records: Sequence[Verified], seconds: float) -> None:
-        """Whether the last rounds with drafts were worth it."""
-        made = self._made
-        made.rounds += 1
-        made.plain_tokens += len(records)
-        made.tokens += sum(one.accepted + 1 for one in records)
-        made.plain_seconds += self._plain
-        made.seconds += seconds
-        self._plain = 0.0
-        gain = made.tokens / made.plain_tokens * made.plain_seconds / made.seconds
-        hopeless = made.rounds >= HOPELESS[1] and gain < HOPELESS[0]
-        if hopeless or (made.rounds >= JUDGE and gain < 1.0):
-            self._rest()
-        elif made.rounds >= JUDGE:
-            self._pause, self._made = FIRST_PAUSE, _Made()
+        if self._asked:
+            share = min(1.0, drafted / self._asked)
+            self._found = FOUND * self._found + (1.0 - FOUND) * share
+        if self._asked and step > 0.0 and records:
+            loss = (step + draft) / self._plain - tokens / len(records)
+            self._account = min(MOST, self._account - min(loss, DEAREST))
 
     def forget(self, seq: SeqId) -> None:
         """Drop what is known of it."""
         self._past.pop(seq, None)
 
-    def _of(self, seq: SeqId) -> float:
+    @property
+    def _tried(self) -> int:
+        """Length of the trial under way, or of the next."""
+        return LENGTHS[self._trials % len(LENGTHS)]
+
+    def _rest(self) -> None:
+        self._resting, self._since = PLAIN - 1, 0
+
+    def _goes_plain(self) -> None:
+        """A round without drafts."""
+        self._account = min(MOST, self._account + SHARE - (self._back if self._asked else 0.0))
+        self._asked = 0
+
+    def _can_try(self, costs: Costs, n: int) -> bool:
+        """Whether the account pays for a trial of the next length."""
+        share, length = self._all.accepted / self._all.judged, self._tried
+        tokens = 1.0 + self._found * sum(share**i for i in range(1, length + 1))
+        seconds = costs.verifying(n * (1 + length)) + costs.draft(n, length)
+        loss = max(seconds / self._plain - tokens, LEAST_LOSS)
+        return self._account >= TRIAL * loss + self._back
+
+    def _of(self, seq: SeqId, share: float) -> float:
         """Acceptance to expect: its own as far as it is known, else that of all."""
-        past = self._past.get(seq, _Past())
-        share = self._all.accepted / self._all.judged
+        past = self._past.get(seq)
+        if past is None:
+            return share
         return (past.accepted + OTHERS * share) / (past.judged + OTHERS)
 
-    def _best(self, round_: Round, rows: int) -> tuple[list[int], float]:
+    def _best(self, round_: Round) -> tuple[list[int], float]:
         """The lengths with the most tokens a second, and their gain over none."""
         costs, n = round_.costs, len(round_.seqs)
-        shares = [self._of(seq.id) for seq in round_.seqs]
-        heap = list[tuple[float, int, int]]()
-        for place, share in enumerate(shares):
-            heappush(heap, (-share, place, 1))
-        plain = n / costs.step(rows)
-        taken, expected, longest, drafting = list[int](), float(n), 0, set[int]()
-        best, best_rate, self._least = 0, plain, 1.0
-        while heap:
-            survival, place, length = heappop(heap)
-            taken.append(place)
-            drafting.add(place)
-            expected -= survival
-            longest = max(longest, length)
-            seconds = costs.step(rows + len(taken)) + costs.draft(len(drafting), longest)
-            if expected / seconds > best_rate:
-                best, best_rate, self._least = len(taken), expected / seconds, -survival
-            if length < round_.room[place]:
-                heappush(heap, (survival * shares[place], place, length + 1))
+        all_, tokens = self._all.accepted / self._all.judged, list[tuple[float, int]]()
+        for place, seq in enumerate(round_.seqs):
+            share = reach = self._of(seq.id, all_)
+            for _ in range(round_.room[place]):
+                tokens.append((reach, place))
+                reach *= share
+        tokens.sort(reverse=True)
+        best, best_rate, self._least = 0, n / self._plain, 1.0
+        expected, taken, longest = float(n), 0, [0] * n
+        for part in range(1, GRID + 1):
+            count = len(tokens) * part // GRID
+            for reach, place in tokens[taken:count]:
+                expected += self._found * reach
+                longest[place] += 1
+            taken = count
+            asked = int(self._found * count)
+            seconds = costs.verifying(n + asked) + costs.draft(n, -(-asked // n))
+            if expected / seconds > best_rate and count:
+                best, best_rate, self._least = count, expected / seconds, tokens[count - 1][0]
         if self._round % LOOK == 0:  # between two known sizes a step is cheaper than the line
-            best = int(best * ASIDE[self._round // LOOK % len(ASIDE)])
+            aside = ASIDE[self._round // LOOK % len(ASIDE)]
+            best = min(int(best * aside), len(tokens))
         lengths = [0] * n
-        for place in taken[:best]:
+        for _, place in tokens[:best]:
             lengths[place] += 1
         self._least *= 0.5  # a draft's own confidence may say more than its sequence's past
-        return lengths, best_rate / plain
+        return lengths, best_rate * self._plain / n

@@ -120,7 +120,7 @@ class Utility(Part):
     def observe(self, records: Sequence[Verified], step: float, draft: float) -> None:
         """Charge the step and its drafts to those that were drafted for; judge the batch."""
         drafted = sum(one.drafted for one in records)
-        if drafted == 0 or self._plain == 0.0:
+        if drafted == 0 or self._plain == 0.0 or step == 0.0:
             return
         n = len(records)
         added = (step + draft - self._plain) / self._plain * n  # slices, over those of plain rows
