@@ -182,7 +182,9 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
             proposer = drafter.proposer(config, backend, kv_kind, captured, draft_pages)
         speculation = build_speculation(config, proposer)
         if config.train_drafter != "off" and drafter is not None and proposer is not None:
-            speculation.trainer = make_trainer(resolved, model, drafter, proposer, runner)
+            trainer = make_trainer(resolved, model, drafter, proposer, runner)
+            speculation.trainer = trainer
+            speculation.listeners.append(trainer.hear)
     limits = Limits(
         vocab=spec.vocab, max_len=config.max_len, has_tokenizer=model.tokenizer is not None
     )

@@ -1,8 +1,9 @@
 """A budget for the whole batch: draft where a token is likely to survive, while that pays.
 
 Position i of a draft survives with probability a^i, a being what the sequence's drafts have been
-accepted with, drawn towards the acceptance of all: the largest of many noisy shares is luck. The
-tokens of all sequences are taken in falling order of survival; of every number of them, the one
+accepted with, drawn towards the acceptance of all: the largest of many noisy shares is luck. Where
+drafts are trees of w tokens a level, w as it has been, a level survives so, and each of its tokens
+has its share of that. The tokens of all sequences are taken in falling order of survival; of every number of them, the one
 with the most expected tokens a second is drafted, by the measured times of steps and drafts. None
 is a candidate like any other.
 
@@ -52,7 +53,7 @@ class _Made:
 
 @dataclass(slots=True)
 class _Past:
-    """Judged tokens and those of them that stood; old ones count less and less."""
+    """Judged places and those of them that stood; old ones count less and less."""
 
     accepted: float = 0.0
     judged: float = 0.0
@@ -65,6 +66,23 @@ class _Past:
         self.fade(keep**judged)
         self.accepted += accepted
         self.judged += judged
+
+
+@dataclass(slots=True)
+class _Shape:
+    """Tokens of drafts and their levels; old drafts count less and less."""
+
+    tokens: float = 0.0
+    levels: float = 0.0
+
+    def add(self, tokens: int, levels: int) -> None:
+        self.tokens = KEEP * self.tokens + tokens
+        self.levels = KEEP * self.levels + levels
+
+    @property
+    def width(self) -> float:
+        """Tokens a level: 1 of chains."""
+        return self.tokens / self.levels if self.levels else 1.0
 
 
 class Survival(Part):
@@ -80,6 +98,7 @@ class Survival(Part):
     def __init__(self) -> None:
         self._past: dict[SeqId, _Past] = {}
         self._all = _Past(PRIOR * LEARN, LEARN)  # of every sequence, those that ended too
+        self._shape = _Shape()
         self._resting = 0  # rounds left without drafts
         self._pause = FIRST_PAUSE
         self._tried = 0  # rounds with drafts since the last rest
@@ -142,9 +161,9 @@ class Survival(Part):
                 past.fade(KEEP)  # who is not drafted for comes back to the acceptance of all
                 continue
             drafted = True
-            judged = min(one.accepted + 1, one.drafted)
-            past.add(one.accepted, judged, KEEP)
-            self._all.add(one.accepted, judged, KEEP_ALL)
+            past.add(one.accepted, one.judged, KEEP)
+            self._all.add(one.accepted, one.judged, KEEP_ALL)
+            self._shape.add(one.drafted, one.depth)
         self._tried += drafted
         if drafted and self._plain:
             self._judge(records, step + draft)
@@ -178,10 +197,10 @@ class Survival(Part):
     def _best(self, round_: Round, rows: int) -> tuple[list[int], float]:
         """The lengths with the most tokens a second, and their gain over none."""
         costs, n = round_.costs, len(round_.seqs)
-        shares = [self._of(seq.id) for seq in round_.seqs]
+        shares, width = [self._of(seq.id) for seq in round_.seqs], self._shape.width
         heap = list[tuple[float, int, int]]()
         for place, share in enumerate(shares):
-            heappush(heap, (-share, place, 1))
+            heappush(heap, (-share / width, place, 1))
         plain = n / costs.step(rows)
         taken, expected, longest, drafting = list[int](), float(n), 0, set[int]()
         best, best_rate, self._least = 0, plain, 1.0
@@ -195,7 +214,8 @@ class Survival(Part):
             if expected / seconds > best_rate:
                 best, best_rate, self._least = len(taken), expected / seconds, -survival
             if length < round_.room[place]:
-                heappush(heap, (survival * shares[place], place, length + 1))
+                deeper = int(length / width) > int((length - 1) / width)  # the next has a new level
+                heappush(heap, (survival * (shares[place] if deeper else 1), place, length + 1))
         if self._round % LOOK == 0:  # between two known sizes a step is cheaper than the line
             best = int(best * ASIDE[self._round // LOOK % len(ASIDE)])
         lengths = [0] * n
