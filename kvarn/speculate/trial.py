@@ -128,9 +128,7 @@ def _judged(seq: int, stream: Stream, at: int, length: int, control: LengthContr
     depth = -(-length // stream.width)
     judged = stream.accepted[at : at + depth]
     accepted = next((i for i, good in enumerate(judged) if not good), depth)
-    return Verified(
-        seq, length, accepted, sure or [1.0] * length, depth, min(accepted + 1, depth)
-    )
+    return Verified(seq, length, accepted, sure or [1.0] * length, depth, min(accepted + 1, depth))
 
 
 def _account(

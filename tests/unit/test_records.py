@@ -16,11 +16,9 @@ from kvarn.speculate.records import Record, records
 
 def paths(draft: Draft) -> dict[tuple[int, ...], bool]:
     """Every path of a draft, the empty one too, and whether it goes on."""
-    parents = draft.parents or list(range(-1, len(draft.tokens) - 1))
-    if draft.parents == []:
-        parents = []
-    found = [()]
-    for token, parent in zip(draft.tokens, parents):
+    chain = list(range(-1, len(draft.tokens) - 1))
+    found: list[tuple[int, ...]] = [()]
+    for token, parent in zip(draft.tokens, draft.parents or chain):
         found.append((*found[parent + 1], token))
     return {path: any(other[:-1] == path for other in found if other) for path in found}
 

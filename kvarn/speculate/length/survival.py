@@ -2,10 +2,10 @@
 
 Position i of a draft survives with probability a^i, a being what the sequence's drafts have been
 accepted with, drawn towards the acceptance of all: the largest of many noisy shares is luck. Where
-drafts are trees of w tokens a level, w as it has been, a level survives so, and each of its tokens
-has its share of that. The tokens of all sequences are taken in falling order of survival; of every number of them, the one
-with the most expected tokens a second is drafted, by the measured times of steps and drafts. None
-is a candidate like any other.
+drafts are trees, of w tokens a level so far, it is a level that survives, and its tokens share
+that. The tokens of all sequences are taken in falling order of survival; of every number of them,
+the one with the most expected tokens a second is drafted, by the measured times of steps and
+drafts. None is a candidate like any other.
 
 Expectations are held against what came: every few rounds with drafts, the tokens that they brought
 and the time that they took are compared with what plain steps would have (the utility of arXiv
