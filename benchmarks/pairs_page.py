@@ -70,20 +70,24 @@ def speculation() -> Lines:
     return [
         "## Proposers and length controls", "",
         "`tests/parts/test_speculation_parts.py`: greedy tokens of the naive decoder, over few "
-        "pages, so that requests are preempted.", "",
+        "pages, so that requests are preempted; chains of drafts, and trees where a row says so.",
+        "",
         *table(["", *controls], [[name, *("x" for _ in controls)] for name in proposers]), "",
     ]  # fmt: skip
 
 
 def trees() -> Lines:
     """Drafted trees under rules of sampling."""
+    from golden import test_drafted_trees as drafted
     from golden import test_speculation_trees as trees
 
+    proposers = values(drafted.test_sampled_tokens_equal_plain_decoding, "proposer")
     rules = values(trees.test_sampled_tokens_equal_plain_decoding, "rules")
     return [
         "## Trees of drafts and sampling", "",
         "`tests/golden/test_speculation_trees.py`: drafts with branches, n of 1 to 3, with and "
-        "without preemption, give the tokens of plain decoding under: " + ", ".join(rules) + ".",
+        "without preemption, give the tokens of plain decoding under: " + ", ".join(rules) + ". "
+        "`tests/golden/test_drafted_trees.py`: so do the trees of " + ", ".join(proposers) + ".",
         "",
     ]  # fmt: skip
 

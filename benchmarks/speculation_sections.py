@@ -86,6 +86,30 @@ def reproduce(result: dict[str, Any]) -> Lines:
         "kind of text and batch size. All settings gave the same tokens.",
         "",
         *table(["setting", *(f"{text} x{batch}" for text, batch in cases)], rows),
+        *(mixed(result["mixed"]) if "mixed" in result else []),
+    ]
+
+
+def mixed(rows: list[dict[str, Any]]) -> Lines:
+    """Proposers on a stream of all kinds of text, in counts."""
+    found = {(row["setting"], row["kind"]): row for row in rows}
+    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    shown = [
+        [
+            setting,
+            *(found[setting, kind]["tokens_per_round"] for kind in kinds),
+            *(found[setting, "all"][name] for name in ("rounds", "drafted", "accepted", "passes")),
+        ]
+        for setting in settings
+    ]
+    return [
+        "",
+        "A stream of all kinds, one request at a time, with fixed lengths: tokens a round (a step "
+        "that brings tokens; 1 without drafts), which no machine changes; and of all of it the "
+        "rounds, the tokens drafted and accepted, and the passes of the drafting model.",
+        "",
+        *table(["setting", *kinds, "rounds", "drafted", "accepted", "passes"], shown),
     ]
 
 

@@ -29,11 +29,12 @@ MODULES = {
     "quest": ("kvarn.bench.selection_study", "smollm2-135m"),
     "recall": ("kvarn.bench.recall_study", "recall"),
     "sage-kv": ("kvarn.bench.kept_study", "smollm2-135m"),
+    "suffix-decoding": ("kvarn.bench.suffix_study", "smollm2-135m"),
     "streamingllm": ("kvarn.bench.streaming_study", "smollm2-135m"),
 }
 
 #: experiments of `kvarn.bench.reproduce`, by text and setting
-TEXTS = ("suffix-decoding", "gammatune", "specdec-pp", "utility-spec")
+TEXTS = ("gammatune", "specdec-pp", "utility-spec")
 
 
 def find(name: str) -> Experiment:

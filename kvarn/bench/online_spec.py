@@ -96,7 +96,7 @@ class Count:
     def observe(self, records: Sequence[Verified]) -> None:
         """Each position that was judged: those before it stood."""
         for one in records:
-            for at in range(min(one.drafted, one.accepted + 1, POSITIONS)):
+            for at in range(min(one.judged, POSITIONS)):
                 self.judged[at] += 1
                 self.accepted[at] += at < one.accepted
 

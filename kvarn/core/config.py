@@ -48,7 +48,10 @@ class EngineConfig:
     )
     speculate: str = option("none", "who drafts tokens ahead: none, or a proposer of `kvarn parts`")
     draft_length: str = option("survival", "how many are drafted for whom: a part of `kvarn parts`")
-    draft_tokens: int = option(8, "longest draft", "tokens")
+    draft_tokens: int = option(8, "longest draft; of a tree, all of it", "tokens")
+    draft_shape: str = option(
+        "chain", "of drafts by suffix, draft and mix: chain, or tree (alternatives at a place)"
+    )
     draft_model: str = option("", "speculate=draft: name or folder of the drafting model")
     draft_choice: str = option(
         "drawn", "a drafting model's tokens: drawn at the request's temperature, or likeliest"
@@ -148,6 +151,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "graphs": ("auto", "on", "off"),
     "kv_dtype": ("auto", "fp8"),
     "draft_choice": ("drawn", "likeliest"),
+    "draft_shape": ("chain", "tree"),
     "train_drafter": ("off", "on", "inline"),
 }
 
@@ -171,6 +175,8 @@ def _check(config: EngineConfig) -> None:
             f"train_drafter={config.train_drafter} teaches a drafting model, and "
             f"speculate={config.speculate} has none: it needs speculate=draft or mix"
         )
+    if config.draft_shape == "tree":
+        _check_trees(config)
     for name in ("page_size", "max_seqs", "tp", "draft_tokens"):
         if getattr(config, name) < 1:
             raise ConfigError(f"option {name!r} must be at least 1, got {getattr(config, name)}")
@@ -178,4 +184,17 @@ def _check(config: EngineConfig) -> None:
         raise ConfigError(
             f"budget={config.budget} is below max_seqs={config.max_seqs}: every running sequence "
             f"needs one position a step; raise budget or lower max_seqs"
+        )
+
+
+def _check_trees(config: EngineConfig) -> None:
+    if config.speculate not in ("suffix", "draft", "mix"):
+        raise ConfigError(
+            f"draft_shape=tree needs speculate=suffix, draft or mix: speculate={config.speculate} "
+            f"drafts no trees"
+        )
+    if config.deterministic:
+        raise ConfigError(
+            "draft_shape=tree cannot run with deterministic: attention of a tree's rows is summed "
+            "up in two parts, not to the same bits as plain decoding; use draft_shape=chain"
         )

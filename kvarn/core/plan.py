@@ -45,6 +45,16 @@ class Draft:
         )
 
     @property
+    def depth(self) -> int:
+        """Tokens of the longest path: the most that can stand."""
+        if self.parents is None:
+            return len(self.tokens)
+        depths = list[int]()
+        for parent in self.parents:
+            depths.append(1 + (depths[parent] if parent >= 0 else 0))
+        return max(depths, default=0)
+
+    @property
     def score(self) -> float:
         """Tokens expected to be accepted, as the proposer sees it."""
         reach, total = list[float](), 0.0

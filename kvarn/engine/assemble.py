@@ -160,6 +160,8 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
         config.speculate != "none",
         config.deterministic,
     )
+    if config.draft_shape == "tree":
+        _check_trees(rules, spec.name)
     backend = parts["attention"]()
     build = RunnerFactory(config, model, groups, backend, sampler, kv_kind, rules, captured)
     began = time.perf_counter()
@@ -205,7 +207,9 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
             proposer = drafter.proposer(config, backend, kv_kind, captured, draft_pages)
         speculation = build_speculation(config, proposer)
         if config.train_drafter != "off" and drafter is not None and proposer is not None:
-            speculation.trainer = make_trainer(resolved, model, drafter, proposer, runner)
+            trainer = make_trainer(resolved, model, drafter, proposer, runner)
+            speculation.trainer = trainer
+            speculation.listeners.append(trainer.hear)
     limits = Limits(
         vocab=spec.vocab, max_len=config.max_len, has_tokenizer=model.tokenizer is not None
     )
@@ -258,6 +262,20 @@ def _choose_parts(resolved: Resolved, here: Cap) -> dict[str, Any]:
             f"give; 'native' and 'invariant' do on device=cpu, 'triton-invariant' on device=cuda"
         )
     return parts
+
+
+def _check_trees(rules: Rules, model: str) -> None:
+    """Refuse trees where no step could verify them as such."""
+    if any(group.window is not None for group in rules.groups):
+        raise ConfigError(
+            f"draft_shape=tree cannot serve {model}: a tree's rows share one view of what is "
+            f"committed, and in sliding-window layers deeper rows see less; use draft_shape=chain"
+        )
+    if rules.default_selects:
+        raise ConfigError(
+            f"draft_shape=tree cannot run with sparsity={rules.default}, whose rows choose what "
+            f"they see: use draft_shape=chain"
+        )
 
 
 def _best_attention(deterministic: bool, here: Cap) -> tuple[str, str, str]:

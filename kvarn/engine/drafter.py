@@ -15,10 +15,11 @@ from kvarn.kv.evict import Evict
 from kvarn.kv.manager import KVManager
 from kvarn.models.load import Model, load
 from kvarn.models.quantized.convert import Kind
-from kvarn.runner.drafting import DraftSampler
+from kvarn.runner.drafting import BranchSampler, DraftSampler
 from kvarn.runner.factory import RunnerFactory
 from kvarn.sparse.rules import Rules
 from kvarn.speculate.propose.draft_model import DraftModel
+from kvarn.speculate.propose.draft_tree import WIDTH, DraftTree
 from kvarn.speculate.train.head import load_head
 from kvarn.speculate.train.load import load_drafter as load_shared
 from kvarn.speculate.train.load import shares_embedding, shipped
@@ -41,14 +42,15 @@ class Drafter:
         pages: list[int],
     ) -> DraftModel:
         """The part, with `pages` by group."""
-        device = self.model.device
-        draws = DraftSampler(self.model.spec.vocab, device, config.seed)
+        device, vocab = self.model.device, self.model.spec.vocab
+        draws = DraftSampler(vocab, device, config.seed)
+        branches = BranchSampler(vocab, device, WIDTH) if config.draft_shape == "tree" else None
         build = RunnerFactory(
             config,
             self.model,
             self.groups,
             attention,
-            draws,
+            branches or draws,
             kv_kind,
             Rules(self.groups, config.page_size),
             captured,
@@ -60,6 +62,8 @@ class Drafter:
             index = make(config.page_size, windows, cast(Evict, find("evict", config.evict)()))
         kv = KVManager(self.groups, pages, config.page_size, index)
         runner = build.runner(pages, config.max_len)
+        if branches is not None:
+            return DraftTree(runner, kv, config.budget, config.max_seqs, branches)
         drawn = draws if config.draft_choice == "drawn" else None
         head = None
         if config.draft_length == "specdec-pp":
@@ -80,13 +84,7 @@ def _sharing(config: EngineConfig, folder: Path, target: Model) -> Drafter:
 def load_drafter(resolved: Resolved, target: Model) -> Drafter:
     """The model that `draft_model` names, in the target's format; vocabularies agree."""
     config = resolved.config
-    if config.tp > 1 and config.draft_choice == "drawn":
-        if resolved.origins["draft_choice"].source != "default":
-            raise ConfigError(
-                f"draft_choice=drawn hands distributions to the verifier, and {config.tp} ranks "
-                f"are told tokens only: use draft_choice=likeliest or tp=1"
-            )
-        resolved.choose("draft_choice", "likeliest", "derived", "ranks are told tokens only")
+    _choose_tokens(resolved)
     folder = Path(config.draft_model) if config.draft_model else shipped(config.model)
     if folder is None:
         raise ConfigError(
@@ -104,4 +102,27 @@ def load_drafter(resolved: Resolved, target: Model) -> Drafter:
             f"draft_model {config.draft_model!r} has a vocabulary of {model.spec.vocab} tokens and "
             f"{target.spec.name} one of {target.spec.vocab}: a drafter must share the target's"
         )
-    return Drafter(model, model.decoder.spec.groups())
+    groups = model.decoder.spec.groups()
+    if config.draft_shape == "tree" and any(group.window is not None for group in groups):
+        raise ConfigError(
+            f"draft_shape=tree needs a drafter without sliding-window layers, which "
+            f"{model.spec.name} has: use draft_shape=chain"
+        )
+    return Drafter(model, groups)
+
+
+def _choose_tokens(resolved: Resolved) -> None:
+    """Drafts are drawn only where the verifier can be told what from."""
+    config, why = resolved.config, ""
+    if config.tp > 1:
+        why = "ranks are told tokens only"
+    elif config.draft_shape == "tree":
+        why = "a tree is of the likeliest tokens"
+    if not why or config.draft_choice != "drawn":
+        return
+    if resolved.origins["draft_choice"].source != "default":
+        raise ConfigError(
+            f"draft_choice=drawn hands distributions to the verifier, and {why}: use "
+            f"draft_choice=likeliest, or tp=1 and draft_shape=chain"
+        )
+    resolved.choose("draft_choice", "likeliest", "derived", why)

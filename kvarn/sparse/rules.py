@@ -71,6 +71,12 @@ class Rules:
         """Layers of the model."""
         return sum(len(group.layers) for group in self.groups)
 
+    @property
+    def default_selects(self) -> bool:
+        """Whether rows choose what they see where the request does not ask otherwise."""
+        part = parse(self.default)
+        return part is not None and part.rule(self.page_size, self.n_layers) is not None
+
     def part(self, request: Request) -> Sparsity | None:
         """What is in force for `request`."""
         return parse(self.default if request.sparsity is None else request.sparsity)

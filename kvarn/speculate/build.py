@@ -9,7 +9,7 @@ from kvarn.core.part import find
 from kvarn.speculate.part import LengthControl, Proposer
 from kvarn.speculate.propose import native_tree
 from kvarn.speculate.propose.native_tree import NativeTree
-from kvarn.speculate.propose.suffix_tree import SuffixTree
+from kvarn.speculate.propose.suffix_tree import Drafting, SuffixTree
 from kvarn.speculate.speculation import Speculation
 
 log = logging.getLogger("kvarn.speculate")
@@ -44,6 +44,7 @@ def _proposer(config: EngineConfig, drafter: Proposer | None) -> Proposer:
         suffix: Any = find("proposer", "suffix")
         if not native_tree.available():
             log.warning("suffix trees in Python, slower: %s", native_tree.reason())
-        free = suffix(tree=NativeTree if native_tree.available() else SuffixTree)
+        make = NativeTree if native_tree.available() else SuffixTree
+        free = suffix(Drafting(tree=config.draft_shape == "tree"), tree=make)
         return cast(Proposer, part(free, drafter) if config.speculate == "mix" else free)
     return drafter if drafter is not None else cast(Proposer, part())

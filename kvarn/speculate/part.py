@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvarn.core.output import TrainerStats
-from kvarn.core.plan import Draft, SeqId, StepPlan, StepResult
+from kvarn.core.plan import Draft, SeqId
 from kvarn.core.seq import Seq
 
 __all__ = ["Ask", "Costs", "Draft", "LengthControl", "Proposer", "Round", "Trainer", "Verified"]
@@ -27,12 +27,25 @@ class Ask:
 
 @dataclass(slots=True)
 class Verified:
-    """What verification said of one sequence's draft in one step."""
+    """What verification said of one sequence's draft in one step.
+
+    A tree costs the step all of its tokens, and only as many as it is deep can stand.
+    """
 
     seq: SeqId
     drafted: int  #: tokens proposed; 0: it decoded as without speculation
     accepted: int  #: of those, accepted
     confidence: list[float] = field(default_factory=list)  #: the proposer's, by token
+    depth: int = -1  #: tokens of the longest path; -1: a chain's, which are all of them
+    #: places that were judged: those accepted, and the one where a path that goes on was refused;
+    #: -1: a chain's
+    judged: int = -1
+
+    def __post_init__(self) -> None:
+        if self.depth < 0:
+            self.depth = self.drafted
+        if self.judged < 0:
+            self.judged = min(self.accepted + 1, self.drafted)
 
 
 class Costs(Protocol):
@@ -114,11 +127,10 @@ class Proposer(Protocol):
 
 
 class Trainer(Protocol):
-    """Who teaches the proposer from what verification says. Nothing here may raise or wait long."""
+    """Who teaches the proposer from what verification says (`Speculation.listeners`).
 
-    def observe(self, plan: StepPlan, result: StepResult) -> None:
-        """A step came back; of spans with drafts, with the target's alternatives if asked for."""
-        ...
+    Nothing here may raise or wait long.
+    """
 
     def forget(self, seq: Seq) -> None:
         """The sequence has ended, with `seq.tokens` as they are."""

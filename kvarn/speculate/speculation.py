@@ -7,9 +7,8 @@ from kvarn.core.plan import Draft, SeqId, StepPlan, StepResult
 from kvarn.core.seq import Seq
 from kvarn.schedule.control import ControlPlane
 from kvarn.speculate.costs import Measured
-from kvarn.speculate.part import Ask, LengthControl, Proposer, Round, Trainer, Verified
-from kvarn.speculate.records import Listener
-from kvarn.speculate.records import records as judged
+from kvarn.speculate.part import Ask, LengthControl, Proposer, Round, Trainer
+from kvarn.speculate.records import Listener, records
 
 
 @dataclass(slots=True)
@@ -86,23 +85,14 @@ class Speculation:
         pure = self._saw(plan, seconds)
         if not asked:
             return
-        drafts = self._drafts
-        records = [
-            Verified(
-                span.seq, span.drafts, max(0, len(tokens) - 1),
-                drafts[span.seq].confidence[: span.drafts] if span.drafts else [],
-            )
-            for span, tokens in zip(plan.spans, result.tokens, strict=True)
-            if span.wants_logits and tokens and (span.seq in drafts or not span.drafts)
-        ]  # fmt: skip
-        if self.trainer is not None:
-            self.trainer.observe(plan, result)
-        if self.listeners:
-            for record in judged(plan, result, self._drafts):
+        heard = records(plan, result, self._drafts)
+        for record in heard:
+            if record.draft.tokens:
                 for listener in self.listeners:
                     listener(record)
-        self.length.observe(records, seconds if pure else 0.0, self._drafting)
-        self.proposer.observe(records)
+        verified = [record.verified() for record in heard]
+        self.length.observe(verified, seconds if pure else 0.0, self._drafting)
+        self.proposer.observe(verified)
         self._drafting, self._drafts, self._asked = 0.0, {}, False
 
     def _saw(self, plan: StepPlan, seconds: float) -> bool:

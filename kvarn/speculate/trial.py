@@ -1,9 +1,9 @@
 """Length controls on recorded or made-up acceptance, in modelled time: no model, no clock.
 
 A stream says of every position whether a draft that reaches it would be accepted there; a round at
-position t with k drafts brings the accepted ones and one token more. All streams run in one batch.
-The control sees what it sees in an engine: costs learnt from the steps that were made, and records
-of those that judged drafts.
+position t with k drafts brings the accepted ones and one token more; where drafts are trees, it is
+a level of them that is accepted. All streams run in one batch. The control sees what it sees in an
+engine: costs learnt from the steps that were made, and records of those that judged drafts.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,6 +22,7 @@ class Stream:
 
     accepted: Sequence[bool]
     confidence: Sequence[float] = ()  #: empty: the proposer drafts whatever is asked
+    width: int = 1  #: tokens a level of its drafts; 1: chains
 
     @classmethod
     def of_runs(cls, runs: Iterable[int]) -> "Stream":
@@ -259,6 +260,7 @@ def _judged(seq: int, stream: Stream, at: int, length: int, control: LengthContr
         while count < length and control.goes_on(sure[:count]):
             count += 1
         length, sure = count, sure[:count]
-    judged = stream.accepted[at : at + length]
-    accepted = next((i for i, good in enumerate(judged) if not good), length)
-    return Verified(seq, length, accepted, sure or [1.0] * length)
+    depth = -(-length // stream.width)
+    judged = stream.accepted[at : at + depth]
+    accepted = next((i for i, good in enumerate(judged) if not good), depth)
+    return Verified(seq, length, accepted, sure or [1.0] * length, depth, min(accepted + 1, depth))

@@ -16,6 +16,7 @@ from kvarn.speculate.train.head import AcceptanceHead, save_head
 
 CONTROLS = sorted(name for kind, name in known() if kind == "draft-length")
 PROPOSERS = sorted(name for kind, name in known() if kind == "proposer" and name != "synthetic")
+DRAFTS = [f"{name}, trees" for name in ("suffix", "draft", "mix")]  #: with draft_shape=tree
 
 
 @pytest.mark.parametrize("name", CONTROLS)
@@ -59,15 +60,16 @@ def drafter_folder(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.parametrize("control", CONTROLS)
-@pytest.mark.parametrize("proposer", PROPOSERS)
+@pytest.mark.parametrize("proposer", PROPOSERS + DRAFTS)
 def test_every_pair_gives_the_same_tokens(
     tiny_folder: Any, drafter_folder: str, wanted: Any, proposer: str, control: str
 ) -> None:
     requests, answers = wanted
+    proposer, _, trees = proposer.partition(", ")
     drafter = {"draft_model": drafter_folder} if proposer in ("draft", "mix") else {}
     engine = make_engine(
         tiny_folder("llama"), speculate=proposer, draft_length=control, draft_tokens=5, pages=40,
-        **drafter,
+        draft_shape="tree" if trees else "chain", **drafter,
     )  # fmt: skip
     assert run(engine, requests, seed=9) == answers
     assert engine.control.check_integrity() == []

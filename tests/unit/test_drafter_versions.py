@@ -26,14 +26,6 @@ def test_a_share_forgets_what_is_older_than_its_window() -> None:
     assert share.full and share.judged == 100 and share.rate == 1.0
 
 
-def test_judged_tokens_are_those_up_to_the_first_refusal() -> None:
-    versions = Versions(window=10)
-    versions.saw(4, 4)
-    versions.saw(4, 1)
-    versions.saw(0, 0)
-    assert (versions.now.judged, versions.now.accepted) == (6, 5)
-
-
 def test_better_stays_and_worse_goes_back() -> None:
     versions = Versions(window=100, margin=0.2)
     assert not versions.ready

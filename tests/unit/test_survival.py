@@ -35,6 +35,17 @@ def test_near_the_best_fixed_length(batch: int, times: Roofline, share: float) -
     assert play(Survival(), streams, times, 8).speedup >= 0.9 * best
 
 
+@pytest.mark.parametrize("batch", [1, 16, 64, 128])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9])
+def test_trees_are_counted_by_their_depth(batch: int, share: float) -> None:
+    """Of two tokens a level: near the best fixed number of tokens, and never slower than none."""
+    streams = batch_of(share, batch, 1500)
+    for stream in streams:
+        stream.width = 2
+    best = max(1.0, *(play(Fixed(), streams, FREE, k).speedup for k in (2, 4, 6, 8)))
+    assert play(Survival(), streams, FREE, 8).speedup >= max(0.98, 0.88 * best)
+
+
 def test_beats_every_fixed_length_where_sequences_differ() -> None:
     chance = random.Random(7)
     shares = [0.95] * 16 + [0.05] * 48

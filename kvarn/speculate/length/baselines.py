@@ -45,7 +45,7 @@ class Heuristic(Part):
         """Longer or shorter."""
         for one in records:
             if one.drafted > 0:
-                whole = one.accepted == one.drafted
+                whole = one.accepted == one.depth
                 now = self._lengths.get(one.seq, FIRST)
                 self._lengths[one.seq] = now + LONGER if whole else max(1, now - SHORTER)
 

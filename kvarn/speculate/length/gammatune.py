@@ -3,7 +3,8 @@
 A round in which everything was accepted makes the next one `delta` longer and leaves the average
 alone; any other moves the average towards what was accepted and falls back to it at once. So
 lengths grow step by step and shrink in one. GammaTune+ also stops a round as soon as the proposer
-is less sure of its next token than `tau`.
+is less sure of its next token than `tau`. A tree was accepted whole where its longest path was; the
+average is of depths, and the length has room for trees as wide as the last one.
 
 Regime: acceptance that changes within a request (code, then talk). Gains nothing over the best
 fixed length where acceptance is stationary, and knows no costs: at large batches it is slower than
@@ -68,12 +69,12 @@ class GammaTune(Part):
             if one.drafted == 0:
                 continue
             state = self._state(one.seq)
-            if one.accepted == one.drafted:
-                state.length = min(one.accepted + rates.delta, rates.most)
+            if one.accepted == one.depth:
+                state.length = min(one.drafted + rates.delta, rates.most)
                 continue
             moved = (1 - rates.eta) * state.average + rates.eta * one.accepted
             state.average = min(max(moved, rates.least), rates.most)
-            state.length = math.ceil(state.average)
+            state.length = min(math.ceil(state.average * one.drafted / one.depth), rates.most)
 
     def forget(self, seq: SeqId) -> None:
         """Drop its state."""

@@ -1,11 +1,12 @@
 """A budget for the whole batch: draft where a token is likely to survive, while that pays.
 
 Position i of a draft survives with probability a^i, a being what the sequence's drafts have been
-accepted with, drawn towards the acceptance of all: the largest of many noisy shares is luck. The
-tokens of all sequences are taken in falling order of survival; of the numbers of them, the one with
-the most expected tokens a second is drafted, by the measured times of steps with drafts. None is a
-candidate like any other, by the measured times of steps without, which are planned ahead and so
-cost less than such a step with no drafts in it.
+accepted with, drawn towards the acceptance of all: the largest of many noisy shares is luck. Where
+drafts are trees, of w tokens a level so far, it is a level that survives, and its tokens share
+that. The tokens of all sequences are taken in falling order of survival; of the numbers of them,
+the one with the most expected tokens a second is drafted, by the measured times of steps with
+drafts. None is a candidate like any other, by the measured times of steps without, which are
+planned ahead and so cost less than such a step with no drafts in it.
 
 An account bounds what may be lost (ours; the measure is the utility of arXiv 2506.20675 over the
 batch). It is kept in plain steps. Every round without drafts pays `SHARE` of a step into it; every
@@ -59,6 +60,23 @@ class _Past:
         self.judged += judged
 
 
+@dataclass(slots=True)
+class _Shape:
+    """Tokens of drafts and their levels; old drafts count less and less."""
+
+    tokens: float = 0.0
+    levels: float = 0.0
+
+    def add(self, tokens: int, levels: int) -> None:
+        self.tokens = KEEP * self.tokens + tokens
+        self.levels = KEEP * self.levels + levels
+
+    @property
+    def width(self) -> float:
+        """Tokens a level: 1 of chains."""
+        return self.tokens / self.levels if self.levels else 1.0
+
+
 class Survival(Part):
     """Tokens by survival, their number by the measured cost of a step."""
 
@@ -72,6 +90,7 @@ class Survival(Part):
     def __init__(self) -> None:
         self._past: dict[SeqId, _Past] = {}
         self._all = _Past(PRIOR * WEIGHT, WEIGHT)  # of every sequence, those that ended too
+        self._shape = _Shape()
         self._found = 1.0  # of the tokens asked for, the share that the proposer finds
         self._account = FIRST
         self._resting = 0  # rounds left that measure the plain step
@@ -138,9 +157,9 @@ class Survival(Part):
                     past.fade(KEEP)
                 continue
             drafted += one.drafted
-            judged = min(one.accepted + 1, one.drafted)
-            self._past.setdefault(one.seq, _Past()).add(one.accepted, judged, KEEP)
-            self._all.add(one.accepted, judged, KEEP_ALL)
+            self._past.setdefault(one.seq, _Past()).add(one.accepted, one.judged, KEEP)
+            self._all.add(one.accepted, one.judged, KEEP_ALL)
+            self._shape.add(one.drafted, one.depth)
         if self._asked:
             share = min(1.0, drafted / self._asked)
             self._found = FOUND * self._found + (1.0 - FOUND) * share
@@ -168,7 +187,8 @@ class Survival(Part):
     def _can_try(self, costs: Costs, n: int) -> bool:
         """Whether the account pays for a trial of the next length."""
         share, length = self._all.accepted / self._all.judged, self._tried
-        tokens = 1.0 + self._found * sum(share**i for i in range(1, length + 1))
+        levels = range(1, int(length / self._shape.width) + 1)
+        tokens = 1.0 + self._found * sum(share**i for i in levels)
         seconds = costs.verifying(n * (1 + length)) + costs.draft(n, length)
         loss = max(seconds / self._plain - tokens, LEAST_LOSS)
         return self._account >= TRIAL * loss + self._back
@@ -184,11 +204,13 @@ class Survival(Part):
         """The lengths with the most tokens a second, and their gain over none."""
         costs, n = round_.costs, len(round_.seqs)
         all_, tokens = self._all.accepted / self._all.judged, list[tuple[float, int]]()
+        width = self._shape.width
         for place, seq in enumerate(round_.seqs):
             share = reach = self._of(seq.id, all_)
-            for _ in range(round_.room[place]):
-                tokens.append((reach, place))
-                reach *= share
+            for count in range(1, round_.room[place] + 1):
+                tokens.append((reach / width, place))
+                if int(count / width) > int((count - 1) / width):  # the next has a new level
+                    reach *= share
         tokens.sort(reverse=True)
         best, best_rate, self._least = 0, n / self._plain, 1.0
         expected, taken, longest = float(n), 0, [0] * n

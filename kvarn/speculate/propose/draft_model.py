@@ -39,7 +39,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True, logpr
 
 
 @dataclass(slots=True)
-class _Follower:
+class Follower:
     """A sequence as the drafter knows it; `seq.tokens` is the target's own list."""
 
     seq: Seq
@@ -48,10 +48,10 @@ class _Follower:
 
 
 @dataclass(slots=True)
-class _Draft:
+class Making:
     """A draft in the making."""
 
-    follower: _Follower
+    follower: Follower
     most: int
     draft: Draft
     q: list[Tensor] = field(default_factory=list)  #: [vocab] of each token that was drawn
@@ -86,9 +86,9 @@ class DraftModel(Part):
             runner.watcher = self._judge
         self._own: dict[int, float] = {}  # by image row: the drafter's word on its newest token
         self._accepted: dict[int, float] = {}  # by image row: the head's word on the one before
-        self._followers: dict[SeqId, _Follower] = {}
+        self._followers: dict[SeqId, Follower] = {}
         self._gone: list[SeqId] = []  # rows that the runner must forget
-        self._step = 0
+        self.passes = 0
         self._now = 0.0  # order of use, for the eviction of prefixes
 
     def propose(self, asks: Sequence[Ask], control: LengthControl) -> list[Draft]:
@@ -109,7 +109,7 @@ class DraftModel(Part):
             plan.spans.append(Span(seq.id, seq.computed, count, 0, caught_up))
             seq.computed += count
             if caught_up:
-                drafts[seq.id] = _Draft(follower, ask.most, Draft())
+                drafts[seq.id] = Making(follower, ask.most, Draft())
         if plan.spans:
             self._run(plan, drafts)
             self._go_on(drafts, control)
@@ -137,7 +137,7 @@ class DraftModel(Part):
 
     # followers
 
-    def _follow(self, ask: Ask, plan: StepPlan, wanted: set[SeqId]) -> _Follower | None:
+    def _follow(self, ask: Ask, plan: StepPlan, wanted: set[SeqId]) -> Follower | None:
         """The follower of a sequence with pages for its known tokens and its draft, if they fit."""
         follower = self._followers.get(ask.seq.id)
         if follower is None:
@@ -162,7 +162,7 @@ class DraftModel(Part):
             plan.edits += edits
         return follower
 
-    def _begin(self, target: Seq, wanted: set[SeqId]) -> _Follower | None:
+    def _begin(self, target: Seq, wanted: set[SeqId]) -> Follower | None:
         if len(self._followers) >= self.max_seqs:
             idle = next((seq for seq in self._followers if seq not in wanted), None)
             if idle is None:
@@ -172,7 +172,7 @@ class DraftModel(Part):
         seq = Seq(target.id, request, target.index, target.tokens, 1 << 60, target.order)
         match = self.kv.lookup(seq)
         self.kv.attach(seq, match, self._now)
-        follower = self._followers[target.id] = _Follower(seq, len(seq.tokens))
+        follower = self._followers[target.id] = Follower(seq, len(seq.tokens))
         return follower
 
     def _sampling(self, wanted: SamplingParams) -> SamplingParams:
@@ -187,7 +187,7 @@ class DraftModel(Part):
             min_p=wanted.min_p,
         )
 
-    def _correct(self, follower: _Follower) -> None:
+    def _correct(self, follower: Follower) -> None:
         """Put what the target committed in place of what was drafted."""
         seq, known = follower.seq, follower.known
         new = seq.tokens[known:]
@@ -216,10 +216,10 @@ class DraftModel(Part):
     # steps
 
     def _plan(self) -> StepPlan:
-        self._step += 1
-        return StepPlan(self._step, stops=self._gone)  # rows that become free until it runs too
+        self.passes += 1
+        return StepPlan(self.passes, stops=self._gone)  # rows that become free until it runs too
 
-    def _run(self, plan: StepPlan, drafts: dict[SeqId, _Draft]) -> None:
+    def _run(self, plan: StepPlan, drafts: dict[SeqId, Making]) -> None:
         """One forward pass; every span that caught up brings a token."""
         self._gone = []
         result = self.runner.run(plan)
@@ -250,7 +250,7 @@ class DraftModel(Part):
         own = torch.tensor([self._own.get(row, 1.0) for row in rows.tolist()])
         self._accepted = dict(zip(rows.tolist(), self.head.accepted(hidden, own)))
 
-    def _go_on(self, drafts: dict[SeqId, _Draft], control: LengthControl) -> None:
+    def _go_on(self, drafts: dict[SeqId, Making], control: LengthControl) -> None:
         """A token more for all whose draft is not long enough, until there is nobody left."""
         going = list(drafts.values())
         while True:

@@ -41,7 +41,10 @@ class Mix(Part):
         if left:
             others = self.other.propose([asks[i] for i in left], control)
             for i, draft in zip(left, others, strict=True):
-                drafts[i] = draft
+                if draft.tokens:
+                    drafts[i] = draft
+                elif drafts[i].tokens:  # the other is behind: better this than none
+                    self._from_free.add(asks[i].seq.id)
         return drafts
 
     def observe(self, records: Sequence[Verified]) -> None:

@@ -59,7 +59,7 @@ class NGram(Part):
             if index is None or not index.used or not record.drafted:
                 continue
             self._right[index.used] += record.accepted
-            self._tried[index.used] += min(record.accepted + 1, record.drafted)
+            self._tried[index.used] += record.judged
 
     def forget(self, seq: Seq) -> None:
         """Its index goes."""

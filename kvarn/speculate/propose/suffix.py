@@ -3,6 +3,9 @@
 Each request has a tree of its prompt and output; each tenant has one of all outputs, of finished
 requests and running ones. `cache_salt` tells tenants apart: a draft never shows what another
 tenant's requests said. The oldest outputs leave the tenants' trees when these are full.
+
+A draft is the most frequent continuation (a chain), or the most probable tokens of all of them (a
+tree): where texts went on in several ways a tree has more than one, and is less deep for it.
 """
 
 from collections import deque
@@ -130,7 +133,7 @@ class Suffix(Part):
             if (other.score, other.matched) > (found.score, found.matched):
                 found = other
         if how.tree:
-            return Draft(found.tokens, found.parents, found.confidence)
+            return _pruned(found, control)
         count = 0
         while count < len(found.tokens) and control.goes_on(found.confidence[:count]):
             count += 1
@@ -175,3 +178,22 @@ class Suffix(Part):
         oldest.evicted = True
         if not tree.tokens:
             del self._outputs.trees[oldest.tenant]
+
+
+def _pruned(found: Found, control: LengthControl) -> Draft:
+    """What is left of a tree whose every path goes on for as long as the control lets it."""
+    draft, parents = Draft(), list[int]()
+    ways: dict[int, list[float]] = {-1: []}  #: confidence on the way to each token that is kept
+    places, goes_on = {-1: -1}, dict[int, bool]()
+    for i, (token, parent) in enumerate(zip(found.tokens, found.parents, strict=True)):
+        if parent in ways and parent not in goes_on:
+            goes_on[parent] = control.goes_on(ways[parent])
+        if not goes_on.get(parent, False):
+            continue
+        ways[i] = [*ways[parent], found.confidence[i]]
+        places[i] = len(draft.tokens)
+        draft.tokens.append(token)
+        parents.append(places[parent])
+        draft.confidence.append(found.confidence[i])
+    draft.parents = parents
+    return draft

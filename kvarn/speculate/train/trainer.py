@@ -20,9 +20,9 @@ from dataclasses import dataclass
 
 from kvarn.core.output import TrainerStats
 from kvarn.core.part import Cap, Part
-from kvarn.core.plan import StepPlan, StepResult
 from kvarn.core.seq import Seq
 from kvarn.models.decoder import Decoder
+from kvarn.speculate.records import Record
 from kvarn.speculate.train.corpus import TOP
 from kvarn.speculate.train.lessons import Label, Lessons
 from kvarn.speculate.train.updater import Update, Updates, Weights
@@ -79,31 +79,17 @@ class OnlineTrainer(Part):
 
     # what comes in
 
-    def observe(self, plan: StepPlan, result: StepResult) -> None:
-        """A step came back. An error ends the training."""
-        if not self.failed:
-            try:
-                self._observe(plan, result)
-            except Exception as error:
-                self._give_up(error)
-
-    def _observe(self, plan: StepPlan, result: StepResult) -> None:
-        for i, span in enumerate(plan.spans):
-            tokens, tops = result.tokens[i], result.alternatives.get(i, ())
-            if not span.drafts or not tokens:
-                continue
-            accepted = len(tokens) - 1
-            self.versions.saw(span.drafts, accepted)
-            first = span.start + span.length - span.drafts
-            labels = [
-                Label(
-                    first + at, at == accepted < span.drafts,
-                    [token for token, _ in top], [logprob for _, logprob in top],
-                )
-                for at, top in enumerate(tops)
-            ]  # fmt: skip
-            if labels:
-                self.lessons.add(span.seq, labels)
+    def hear(self, record: Record) -> None:
+        """A draft was judged (see `kvarn.speculate.records`). An error ends the training."""
+        if self.failed:
+            return
+        try:
+            judged, accepted = record.judged, record.accepted
+            self.versions.saw(judged, accepted)
+            if record.alternatives:
+                self.lessons.add(record.seq, labels_of(record, judged > accepted))
+        except Exception as error:
+            self._give_up(error)
 
     def forget(self, seq: Seq) -> None:
         """The sequence has ended, with `seq.tokens` as they are."""
@@ -204,3 +190,19 @@ class OnlineTrainer(Part):
     def close(self) -> None:
         """Stop training; waits for the batch under way."""
         self.worker.close()
+
+
+def labels_of(record: Record, refused: bool) -> list[Label]:
+    """What the target said at each place of the accepted path, and behind it.
+
+    `refused`: the draft went on there, and was wrong.
+    """
+    return [
+        Label(
+            record.place + at,
+            refused and at == record.accepted,
+            [token for token, _ in top],
+            [logprob for _, logprob in top],
+        )
+        for at, top in enumerate(record.alternatives)
+    ]

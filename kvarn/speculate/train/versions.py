@@ -71,10 +71,9 @@ class Versions:
             )
         self.now = Share(self.window)
 
-    def saw(self, drafted: int, accepted: int) -> None:
-        """A draft of the version in force was judged."""
-        if drafted:
-            self.now.saw(accepted + (accepted < drafted), accepted)
+    def saw(self, judged: int, accepted: int) -> None:
+        """A draft of the version in force was judged at so many places, and stood at some."""
+        self.now.saw(judged, accepted)
 
     @property
     def ready(self) -> bool:
