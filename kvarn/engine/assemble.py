@@ -125,6 +125,11 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
     model = load(resolved, group=group)
     spec, device = model.spec, model.device
     seconds = {"kernels": compiled, **model.seconds}
+    if group.ranks > 1 and any(found.heads for found in split(spec.groups(), config.sparsity)):
+        raise ConfigError(
+            f"sparsity={config.sparsity} puts KV heads into several table groups, which tp="
+            f"{group.ranks} ranks do not have alike; use tp=1 or another part"
+        )
     groups = split(model.decoder.spec.groups(), config.sparsity)
     captured = device.type == "cuda" and Cap.CAPTURE in parts["attention"].gives
     _choose_step(resolved, device, captured)

@@ -23,6 +23,7 @@ struct Step {
     int64_t spans, rows, heads, kv_heads, dim, page_size;
     const int64_t *indptr, *start, *page_indptr, *pages, *base, *slots;
     int64_t window;  // 0: none
+    int64_t sinks;   // first positions that are seen beside the window
     float scale, softcap;  // softcap 0: none
     int64_t items;
     const int64_t* work;  // [items, 3]: span, first row, number of rows
@@ -286,6 +287,22 @@ void attend(const Step& step, const T* cache, const T* q, int64_t q_stride, T* o
                 const int64_t from = step.window ? at - step.window + 1 : 0;
                 soften(step, s.scores.get() + i * TILE, from, at + 1, weights + i * TILE,
                        s.o.get() + i * s.wide, s.wide, s.peak[i], s.total[i]);
+            }
+            weigh(s, r, some, used);
+        }
+    }
+    // the sinks that are behind a row's window; every row has a finite peak by now
+    const int64_t behind = step.sinks ? std::min(step.sinks, high - step.window) : 0;
+    for (int64_t first = 0; first < behind; first += TILE) {
+        const int64_t used = gather(step, cache, span, head, first, 0, behind, s);
+        const int64_t skip = std::max<int64_t>(0, first + step.window - position) * group;
+        for (int64_t r = skip; r < folded; r += STEP) {
+            const int64_t some = std::min<int64_t>(STEP, folded - r);
+            score(s, r, some);
+            for (int64_t i = r; i < r + some; i++) {
+                const int64_t left = position + i / group - step.window + 1;
+                soften(step, s.scores.get() + i * TILE, 0, std::min(behind, left) - first,
+                       weights + i * TILE, s.o.get() + i * s.wide, s.wide, s.peak[i], s.total[i]);
             }
             weigh(s, r, some, used);
         }
