@@ -1,4 +1,4 @@
-"""What each KV head is needed for: the loss of recall when it alone sees sinks and recent positions.
+"""What each KV head is needed for: what recall loses when it alone sees sinks and recent positions.
 
 A text ends with a question about its middle and the answer. The last rows are computed once with
 every head whole, and once for each (layer, KV head) pair with that head streaming; all variants go

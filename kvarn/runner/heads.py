@@ -1,4 +1,4 @@
-"""Which plan each layer of a step attends by: its group's, or one for each group of its KV heads."""
+"""Which plan each layer attends by: its group's, or one for each group of its KV heads."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Layers:
 
     def __init__(self, spec: ModelSpec, groups: Sequence[GroupSpec], device: torch.device) -> None:
         owners = shares_of(groups)
-        found = [[groups[index].heads_of(layer) for index in mine] for layer, mine in owners.items()]
+        found = [[groups[at].heads_of(layer) for at in mine] for layer, mine in owners.items()]
         counts = {
             (index, len(heads))
             for mine, parts in zip(owners.values(), found)

@@ -1,4 +1,4 @@
-"""Retrieval heads and streaming heads (DuoAttention, arXiv 2410.10819, section 2; LServe's static part).
+"""Retrieval heads and streaming heads (DuoAttention, arXiv 2410.10819; LServe's static part).
 
 Some heads look for things anywhere in the context; most look at its first positions and at recent
 ones. The first kind keeps all of its KV. The second keeps `sinks` and a `window`: its pages are a
@@ -74,9 +74,7 @@ class DuoAttention(Sparsity):
                 f"sinks={self.sinks} 0 or more and window={self.window} at least 1"
             )
         if self.by not in ("profile", "random"):
-            raise ConfigError(
-                f"sparsity 'duoattention': by={self.by!r} must be profile or random"
-            )
+            raise ConfigError(f"sparsity 'duoattention': by={self.by!r} must be profile or random")
 
     def _ranked(self, every: list[Pair]) -> list[Pair]:
         """All pairs, the first of which retrieve."""

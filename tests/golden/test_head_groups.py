@@ -1,4 +1,4 @@
-"""KV heads in table groups of their own: steps equal a masked dense pass, pages are sinks and window."""
+"""KV heads in table groups of their own: a masked dense pass, in pages of sinks and window."""
 
 import json
 from pathlib import Path
