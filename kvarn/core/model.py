@@ -57,8 +57,8 @@ class GroupSpec:
         return -(-self.sinks // page_size)
 
     def seen(self, context: int) -> int:
-        """Positions that a row with so many before it reads."""
-        return context if self.window is None else min(context, self.sinks + self.window)
+        """Positions that a row with so many before it reads beside its own."""
+        return context if self.window is None else min(context, self.sinks + self.window - 1)
 
 
 def shares_of(groups: Sequence[GroupSpec]) -> dict[int, list[int]]:

@@ -95,12 +95,13 @@ class Assembly:
             how = "replayed from captured graphs" if replayed else "launched kernel by kernel"
             steps = {"what": "decode steps", "how": how, "why": f"graphs={config.graphs}"}
             return [steps, *drafts]
-        whole = decoder.obstacle is None
+        apart = any(group.heads for group in self.rules.groups)
+        obstacle = decoder.obstacle or ("KV heads lie in several table groups" if apart else None)
         return [
             {
                 "what": "layers",
-                "how": "one compiled call" if whole else "one operation at a time",
-                "why": decoder.obstacle or "every layer has a compiled form",
+                "how": "one operation at a time" if obstacle else "one compiled call",
+                "why": obstacle or "every layer has a compiled form",
             },
             {
                 "what": "kernels",
