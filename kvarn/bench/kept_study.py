@@ -82,7 +82,7 @@ def _heads(budget: int, who: str) -> str:
 
 
 def profiled(llm: LLM, who: str) -> bool:
-    """Whether there is what `who` asks for: a head profile that comes with kvarn is of one model."""
+    """Whether there is what `who` asks for: the head profile that is named is of one model."""
     if "by=profile" not in who:
         return True
     try:
@@ -149,7 +149,8 @@ def answers_to(llm: LLM, rule: str) -> dict[str, float]:
 def lines(result: dict[str, Any]) -> list[str]:
     """A table for people."""
     width = max(28, 2 + max(len(row["sparsity"]) for row in result["results"]))
-    head = f"{'what stays':{width}}{'MiB':>8}{'KL':>8}{'ppl':>8}{'needle':>8}{'recall':>8}{'second':>8}"
+    columns = ("KL", "ppl", "needle", "recall", "second")
+    head = f"{'what stays':{width}}{'MiB':>8}" + "".join(f"{name:>8}" for name in columns)
     out = [head]
     for row in result["results"]:
         shares = "".join(f"{row[kind]:>8.2f}" for kind in ("needle", "recall", "second"))

@@ -296,10 +296,13 @@ class Runner:
             plans: list[Any] = [self.backend.plan(batch.groups[k.group]) for k in self.layers.kinds]
         else:
             plans = [self._tree_plan(batch.groups[k.group], forest) for k in self.layers.kinds]
+        whole = self.layers.whole
         if watched:
             by_layer = self.layers.plans(plans, partial(self._watching, watched))
-        else:
+        elif whole is None:
             by_layer = self.layers.plans(plans)
+        else:
+            by_layer = [plans[kind] for kind in whole]
         if selecting is not None:
             some = selecting.plans()
             by_layer = [new or plain for new, plain in zip(some, by_layer, strict=True)]

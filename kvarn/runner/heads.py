@@ -51,8 +51,6 @@ class Layers:
     ) -> list[Any]:
         """The plan of each layer, of those `made` of each kind; `seen(group, layer, plan)` may put
         another around it."""
-        if self.whole is not None and seen is None:
-            return [made[kind] for kind in self.whole]
         found: list[Any] = []
         for layer, parts in enumerate(self.parts):
             plans = [made[kind] for kind, _ in parts]

@@ -124,7 +124,7 @@ def attend(
                 queries, kv, pages, at, high, base, positions, peak, total, out, scale, cap,
                 KV_HEADS, DIM, PAGE, WINDOW, CAPPED, False, BLOCK_N, BLOCK_D, PRECISION,
             )  # fmt: skip
-    if SINKS > 0:  # noqa: SIM102: the first is known when it is compiled
+    if SINKS > 0:  # noqa: SIM102  (known when it is compiled)
         if low <= tl.maximum(start - WINDOW + 1, 0):
             behind = positions - WINDOW  # the last that a row sees, if any
             end = tl.minimum(SINKS, tl.maximum(start + n - WINDOW, 0))
