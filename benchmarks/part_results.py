@@ -115,7 +115,7 @@ def _least(
     """The row of each part with the least KL divergence from the full cache, within SHARE."""
     best: dict[str, tuple[float, str, str]] = {}
     for (file, result, row), share in zip(rows, shares, strict=True):
-        if _name(row) == "none" or share > SHARE:
+        if _name(row) == "none" or share > SHARE or "by=random" in row["sparsity"]:
             continue
         text = (
             f"KL {cell(row['kl'])} nats with {cell(100 * share)} % of the KV {what}; "

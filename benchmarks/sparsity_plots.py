@@ -26,7 +26,8 @@ def curves(result: dict[str, Any], field: str) -> dict[str, list[tuple[float, fl
     """(x, KL) by part, ascending; what is equal to the full cache has no place on a log axis."""
     found: dict[str, dict[float, float]] = {}
     for row in result["results"]:
-        name = row["sparsity"].partition(":")[0]
+        name, _, options = row["sparsity"].partition(":")
+        name += ", by lot" * ("by=random" in options)
         if name != "none" and row["kl"] > 0:
             found.setdefault(name, {})[row[field]] = row["kl"]
     return {name: sorted(points.items()) for name, points in found.items()}

@@ -20,7 +20,9 @@ def kept(result: dict[str, Any]) -> Lines:
         f"divergence from the full cache [nats] and perplexity of the {said['given']} tokens after "
         f"{said['prompt']} of a book ({said['texts']} places), MiB stored there; share of "
         f"{said['questions']} questions of each kind answered rightly: a number in a sentence, one "
-        "of 60 pairs, and a second question on what the first one left.",
+        "of 60 pairs, and a second question on what the first one left. With `duoattention` a "
+        "share of the heads keeps all and the others a window, as many bytes together on the text "
+        "(fewer on the questions, whose documents are shorter); by=random takes heads by lot.",
         "",
         *table(["what stays", "MiB", "KL", "perplexity", "needle", "recall", "second"], rows),
     ]

@@ -4,6 +4,9 @@ On a real text: KL divergence from the full cache and perplexity of the continua
 about a document: a sentence with a number (needle), one of many keys (recall), and a second
 question asked on what the first one left. Random positions and recency (sinks and a window) are the
 baselines; every budget is the same number of positions of every layer and head, exactly.
+
+Beside them stand heads that keep all while the others keep sinks and a window (`duoattention`), as
+many of them as make the same bytes: those of the model's profile, and heads by lot.
 """
 
 from importlib.resources import files
@@ -16,9 +19,12 @@ from kvarn.bench.forced import Answer, Case, divergence, force, perplexity
 from kvarn.bench.reproduce import SENTENCES
 from kvarn.core.errors import ConfigError
 from kvarn.engine.llm import LLM
+from kvarn.sparse.rules import split
 
 PARTS = ("random", "streamingllm", "knorm", "h2o", "snapkv", "sage-kv")
 BUDGETS = (128, 256)
+SINKS, WINDOW = 16, 48  #: of heads that stream
+WHO = ("by=random,seed=0", "by=random,seed=1", "by=profile")
 PROMPT, GIVEN, TEXTS = 1024, 32, 2  #: tokens; texts
 QUESTIONS, ANSWER = 16, 6  #: of each kind; tokens of an answer
 PLACES = ("mill", "bridge", "tower", "harbour", "market", "castle", "garden", "station")
@@ -52,17 +58,38 @@ def run(model: str) -> dict[str, Any]:
     if llm.tokenizer is None:
         raise ConfigError("sage-kv is judged on words, and this model has no tokenizer")
     texts = texts_of(llm)
-    full = _rows(llm, "none", texts, None)
-    rows = [full[0]]
+    first, full = _rows(llm, "none", texts, None)
+    rows = [first]
     for budget in BUDGETS:
-        for name in PARTS:
-            rows.append(_rows(llm, f"{name}:budget={budget}", texts, full[1])[0])
+        rows += [_rows(llm, f"{name}:budget={budget}", texts, full)[0] for name in PARTS]
+    for rule in [_heads(budget, who) for budget in BUDGETS for who in WHO if profiled(llm, who)]:
+        own = LLM(model, max_len=2048, max_seqs=64, dtype="float32", sparsity=rule)
+        rows.append(_rows(own, rule, texts, full)[0])
+        own.close()
     said = {
         "prompt": PROMPT, "given": GIVEN, "texts": TEXTS, "questions": QUESTIONS,
         "budgets": list(BUDGETS),
     }  # fmt: skip
     header = record.header("reproduce-kept", said, {"model": model, "dtype": "float32"})
     return header | {"experiment": "sage-kv", "results": rows}
+
+
+def _heads(budget: int, who: str) -> str:
+    """As many heads that keep all as hold `budget` positions of a head in the mean, at the end."""
+    end, least = PROMPT + GIVEN - 1, SINKS + WINDOW
+    share = (budget - least) / (end - least)
+    return f"duoattention:share={share:.3f},sinks={SINKS},window={WINDOW},{who}"
+
+
+def profiled(llm: LLM, who: str) -> bool:
+    """Whether there is what `who` asks for: the head profile that is named is of one model."""
+    if "by=profile" not in who:
+        return True
+    try:
+        split(llm.spec.groups(), f"duoattention:{who}")
+    except ConfigError:
+        return False
+    return True
 
 
 def texts_of(llm: LLM, prompt: int = PROMPT) -> list[Case]:
@@ -84,7 +111,7 @@ def _rows(
     wide = 2 * spec.n_layers * spec.n_kv_heads * spec.head_dim * 4
     row = {
         "sparsity": rule,
-        "stored_bytes": answers[0].slots * wide,
+        "stored_bytes": round(answers[0].slots * wide),
         "kl": 0.0 if full is None else fmean(map(divergence, full, answers)),
         "perplexity": fmean(map(perplexity, cases, answers)),
     }
@@ -121,12 +148,14 @@ def answers_to(llm: LLM, rule: str) -> dict[str, float]:
 
 def lines(result: dict[str, Any]) -> list[str]:
     """A table for people."""
-    head = f"{'what stays':28}{'MiB':>8}{'KL':>8}{'ppl':>8}{'needle':>8}{'recall':>8}{'second':>8}"
+    width = max(28, 2 + max(len(row["sparsity"]) for row in result["results"]))
+    columns = ("KL", "ppl", "needle", "recall", "second")
+    head = f"{'what stays':{width}}{'MiB':>8}" + "".join(f"{name:>8}" for name in columns)
     out = [head]
     for row in result["results"]:
         shares = "".join(f"{row[kind]:>8.2f}" for kind in ("needle", "recall", "second"))
         size = row["stored_bytes"] / 2**20
         out.append(
-            f"{row['sparsity']:28}{size:>8.1f}{row['kl']:>8.3f}{row['perplexity']:>8.2f}{shares}"
+            f"{row['sparsity']:{width}}{size:>8.1f}{row['kl']:>8.3f}{row['perplexity']:>8.2f}{shares}"
         )
     return out

@@ -4,6 +4,7 @@ Read by the decoder (what to compute), the KV manager (which layers share a page
 ledger and the cost model. No torch here: the simulator needs shapes, not weights.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,18 +24,50 @@ class RopeScaling:
 
 @dataclass(slots=True, frozen=True)
 class GroupSpec:
-    """Layers (x KV heads) that share one page table; `window` frees what they no longer see."""
+    """Layers x KV heads that share one page table; `window` frees what they no longer see."""
 
     layers: tuple[int, ...]
-    n_kv_heads: int
+    n_kv_heads: int  #: of a layer, in the group or not
     head_dim: int
     window: int | None = None  #: a query at position p sees (p - window, p]; None: all [tokens]
     sketched: bool = False  #: bounds of the keys of every page beside it: as large as a position
     share: float = 1.0  #: pages of its pool, over those of a full-attention group
+    sinks: int = 0  #: first positions that are seen, and stay, beside the window [tokens]
+    heads: tuple[tuple[int, ...], ...] = ()  #: KV heads that it has of each layer; (): all
+
+    def heads_of(self, layer: int) -> tuple[int, ...]:
+        """The KV heads of one of its layers that are in the group."""
+        if not self.heads:
+            return tuple(range(self.n_kv_heads))
+        return self.heads[self.layers.index(layer)]
+
+    @property
+    def n_heads(self) -> int:
+        """KV heads in the group, of all its layers together."""
+        if not self.heads:
+            return len(self.layers) * self.n_kv_heads
+        return sum(len(heads) for heads in self.heads)
 
     def bytes_per_token(self, dtype_bytes: float) -> float:
         """K and V of one position in all layers of the group."""
-        return 2 * len(self.layers) * self.n_kv_heads * self.head_dim * dtype_bytes
+        return 2 * self.n_heads * self.head_dim * dtype_bytes
+
+    def sink_pages(self, page_size: int) -> int:
+        """Leading pages of a table that stay behind the window."""
+        return -(-self.sinks // page_size)
+
+    def seen(self, context: int) -> int:
+        """Positions that a row with so many before it reads beside its own."""
+        return context if self.window is None else min(context, self.sinks + self.window - 1)
+
+
+def shares_of(groups: Sequence[GroupSpec]) -> dict[int, list[int]]:
+    """The groups that have heads of each layer, by layer; one, but where heads lie apart."""
+    found: dict[int, list[int]] = {}
+    for index, group in enumerate(groups):
+        for layer in group.layers:
+            found.setdefault(layer, []).append(index)
+    return dict(sorted(found.items()))
 
 
 @dataclass(slots=True, frozen=True)

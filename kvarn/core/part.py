@@ -75,6 +75,7 @@ BUILT_IN: dict[tuple[str, str], str] = {
     ("sparsity", "pyramid"): "kvarn.sparse.pyramid:Pyramid",
     ("sparsity", "knorm"): "kvarn.sparse.knorm:KNorm",
     ("sparsity", "random"): "kvarn.sparse.random:Random",
+    ("sparsity", "duoattention"): "kvarn.sparse.duoattention:DuoAttention",
     ("sparsity", "gemfilter"): "kvarn.sparse.gemfilter:GemFilter",
     ("sparsity", "quest"): "kvarn.sparse.quest:Quest",
     ("sparsity", "random-pages"): "kvarn.sparse.random_pages:RandomPages",

@@ -99,12 +99,13 @@ class Assembly:
             how = "replayed from captured graphs" if replayed else "launched kernel by kernel"
             steps = {"what": "decode steps", "how": how, "why": f"graphs={config.graphs}"}
             return [steps, *self._verifying(config), *drafts]
-        whole = decoder.obstacle is None
+        apart = any(group.heads for group in self.rules.groups)
+        obstacle = decoder.obstacle or ("KV heads lie in several table groups" if apart else None)
         return [
             {
                 "what": "layers",
-                "how": "one compiled call" if whole else "one operation at a time",
-                "why": decoder.obstacle or "every layer has a compiled form",
+                "how": "one operation at a time" if obstacle else "one compiled call",
+                "why": obstacle or "every layer has a compiled form",
             },
             {
                 "what": "kernels",
@@ -144,6 +145,11 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
     model = load(resolved, group=group)
     spec, device = model.spec, model.device
     seconds = {"kernels": compiled, **model.seconds}
+    if group.ranks > 1 and any(found.heads for found in split(spec.groups(), config.sparsity)):
+        raise ConfigError(
+            f"sparsity={config.sparsity} puts KV heads into several table groups, which tp="
+            f"{group.ranks} ranks do not have alike; use tp=1 or another part"
+        )
     groups = split(model.decoder.spec.groups(), config.sparsity)
     captured = device.type == "cuda" and Cap.CAPTURE in parts["attention"].gives
     _choose_step(resolved, device, captured)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from kvarn.core.keep import ENDLESS
-from kvarn.core.model import GroupSpec
+from kvarn.core.model import GroupSpec, shares_of
 from kvarn.core.plan import Compaction, PageCopy, PageId, TableEdit
 from kvarn.core.seq import Seq
 from kvarn.kv.integrity import Books, compare, recount
@@ -41,6 +41,8 @@ class KVManager:
         self.page_size = page_size
         self.index = index
         self.has_windows = any(group.window is not None for group in groups)
+        self.n_layers = len(shares_of(groups))
+        self.has_heads = any(group.heads for group in groups)  #: not layers as they are
         self._start()
 
     def _start(self) -> None:
@@ -90,8 +92,8 @@ class KVManager:
             slots = self._slots(seq, group, len(seq.tokens))
             positions = slots - (match.length if match else 0) * size
             if spec.window is not None:
-                positions = min(positions, spec.window + chunk)
-            idle = sum(1 for page in cached if self.refs[group][page] == 1)
+                positions = min(positions, spec.sinks + spec.window + chunk)
+            idle = sum(1 for page in cached if page != NO_PAGE and self.refs[group][page] == 1)
             pages = -(-positions // size) + self._spares(seq, group)
             if self.available(group) - idle - spare < pages:
                 return False
@@ -115,14 +117,15 @@ class KVManager:
             seq.published = match.length
             seq.computed = match.length * self.page_size
             seq.tables = []
-            for group, pages in enumerate(match.pages):
+            for group in range(len(self.groups)):
                 if not self._sees(seq, group):
                     seq.tables.append([])
                     continue
                 useful = self._useful(match, group)
-                seq.tables.append([NO_PAGE] * (len(pages) - len(useful)) + useful)
+                seq.tables.append(useful)
                 for page in useful:
-                    self._hold(group, page)
+                    if page != NO_PAGE:
+                        self._hold(group, page)
         seq.capacity = seq.computed
 
     def reserve(self, seq: Seq, end: int, now: float) -> list[TableEdit] | None:
@@ -273,7 +276,8 @@ class KVManager:
                 continue
             table = seq.tables[group]
             at = min(len(table), max(0, start - spec.window + 1) // self.page_size) - 1
-            while at >= 0 and table[at] != NO_PAGE:
+            stay = spec.sink_pages(self.page_size)
+            while at >= stay and table[at] != NO_PAGE:
                 self._let_go(group, table[at])
                 table[at] = NO_PAGE
                 at -= 1
@@ -336,12 +340,13 @@ class KVManager:
     # pages
 
     def _useful(self, match: Match, group: int) -> list[PageId]:
-        """The matched pages that a query after the match can see: the end of the run."""
-        pages = match.pages[group]
-        window = self.groups[group].window
-        if window is None:
+        """A table of the matched pages that a query after the match can see; NO_PAGE elsewhere."""
+        pages, spec = list(match.pages[group]), self.groups[group]
+        if spec.window is None:
             return pages
-        return pages[max(0, match.length * self.page_size - window + 1) // self.page_size :]
+        first = max(0, match.length * self.page_size - spec.window + 1) // self.page_size
+        stay = min(first, spec.sink_pages(self.page_size))
+        return pages[:stay] + [NO_PAGE] * (first - stay) + pages[first:]
 
     def _take(self, group: int, count: int, now: float) -> list[PageId]:
         """`count` pages, each with one holder; the caller has checked that they are available."""

@@ -6,9 +6,12 @@ from math import ceil
 from kvarn.core.model import GroupSpec
 
 
-def window_pages(window: int, page_size: int, budget: int, max_seqs: int) -> int:
-    """Most pages that a window group can ever use: a window each, and one step's new positions."""
-    return max_seqs * (-(-window // page_size) + 2) + -(-budget // page_size)
+def window_pages(group: GroupSpec, page_size: int, budget: int, max_seqs: int) -> int:
+    """Most pages that a window group can ever use: sinks and a window each, and one step's new
+    positions."""
+    assert group.window is not None
+    each = group.sink_pages(page_size) + -(-group.window // page_size) + 2
+    return max_seqs * each + -(-budget // page_size)
 
 
 def pages_by_group(
@@ -18,7 +21,7 @@ def pages_by_group(
     return [
         ceil(full * group.share)
         if group.window is None
-        else min(full, window_pages(group.window, page_size, budget, max_seqs))
+        else min(full, window_pages(group, page_size, budget, max_seqs))
         for group in groups
     ]
 

@@ -149,8 +149,8 @@ class _Layout:
         table, size = self.image.tables[index], self.image.page_size
         _, start = self.image.places(index, self.rows, self.start)
         slots, _ = self.image.places(index, self.row_of, self.positions)
-        if group.window is None:
-            first = np.zeros_like(start)
+        if group.window is None or (group.sinks and self.state is None):
+            first = np.zeros_like(start)  # a list that begins with the sinks
         else:
             first = np.maximum(start - group.window + 1, 0) // size
         if self.state is None:
@@ -167,6 +167,7 @@ class _Layout:
             page_size=size,
             scale=self.spec.scale,
             window=group.window,
+            sinks=group.sinks,
             softcap=self.spec.attn_softcap,
             table=None if self.state is None else self.state.tables[index],
             shared=self._shared(table, group, start),

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ from kvarn.runner.batch import Batch, build
 from kvarn.runner.extras import Extras
 from kvarn.runner.filtering import Filtering
 from kvarn.runner.graphs import Graphs
+from kvarn.runner.heads import Layers
 from kvarn.runner.image import Image
 from kvarn.runner.inflight import InFlight
 from kvarn.runner.keeping import Keeping, Watched, WatchingPlan
@@ -111,7 +113,7 @@ class Runner:
         #: sees the image rows [R] that choose a token and their final hidden states [R, hidden]
         self.watcher: Callable[[Ints, Tensor], None] | None = None
         self.tap: Tap | None = None  #: sees every named point when set (eager research use)
-        self._group_of = {layer: g for g, group in enumerate(groups) for layer in group.layers}
+        self.layers = Layers(self.spec, groups, decoder.device)
         self._flying: InFlight | None = None  # the step handed over last
         self._thread: ThreadPoolExecutor | None = None
 
@@ -307,15 +309,19 @@ class Runner:
         """What every layer attends to."""
         forest = batch.forest
         if forest is None:
-            plans: list[Any] = [self.backend.plan(rows) for rows in batch.groups]
+            plans: list[Any] = [self.backend.plan(batch.groups[k.group]) for k in self.layers.kinds]
         else:
-            plans = [self._tree_plan(rows, forest) for rows in batch.groups]
-        by_layer = [plans[self._group_of[layer]] for layer in range(self.spec.n_layers)]
+            plans = [self._tree_plan(batch.groups[k.group], forest) for k in self.layers.kinds]
+        whole = self.layers.whole
+        if watched:
+            by_layer = self.layers.plans(plans, partial(self._watching, watched))
+        elif whole is None:
+            by_layer = self.layers.plans(plans)
+        else:
+            by_layer = [plans[kind] for kind in whole]
         if selecting is not None:
             some = selecting.plans()
             by_layer = [new or plain for new, plain in zip(some, by_layer, strict=True)]
-        if watched:
-            by_layer = [self._watching(i, plan, watched) for i, plan in enumerate(by_layer)]
         eager = forest is not None or bool(watched)
         eager = eager or (selecting is not None and not selecting.fused)
         return PagedAttend(by_layer, self.pool.cache, self.state is not None and not eager)
@@ -332,9 +338,9 @@ class Runner:
         said, rows, positions = upload(arrays, torch.int32, device)
         return feed(said, rows, self.state.last), positions
 
-    def _watching(self, layer: int, plan: Any, watched: list[list[Watched]]) -> Any:
-        """The layer's plan, watched where something of its group will go."""
-        mine = watched[self._group_of[layer]]
+    def _watching(self, watched: list[list[Watched]], group: int, layer: int, plan: Any) -> Any:
+        """The plan of a layer and group, watched where something of the group will go."""
+        mine = watched[group]
         return WatchingPlan(plan, self.keeping, layer, mine) if mine else plan
 
     def _choose(self, batch: Batch, logits: Tensor, step: InFlight) -> None:

@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvarn.core.model import GroupSpec
-from kvarn.kernels.attention import GraphBackend, GraphPlan, PagedRows
+from kvarn.kernels.attention import GraphBackend, GraphPlan
 from kvarn.kernels.attention.paged import PagedAttend
 from kvarn.kernels.attention.selected import LayerPlan, SelectBackend, never
 from kvarn.kernels.upload import ALIGN
 from kvarn.models.decoder import Decoder
 from kvarn.runner.batch import Batch
+from kvarn.runner.heads import Kind, Layers
 from kvarn.runner.pool import KVPool
 from kvarn.runner.sampler import sample_on_gpu
 from kvarn.runner.selecting import Choice
@@ -129,6 +130,10 @@ class Graphs:
     verified: list[int] = field(default_factory=list)  #: buckets of verify steps; []: none are
     found: dict[Any, Graph] = field(default_factory=dict)  #: the newest use comes last
     hidden: Tensor | None = None  #: [R, hidden] of the last step; the next one overwrites it
+    layers: Layers = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.layers = Layers(self.decoder.spec, self.groups, self.decoder.device)
 
     def take(self, batch: Batch, looked_at: bool) -> bool:
         """Whether a step can be replayed; `looked_at`: its logits are wanted, not its tokens."""
@@ -162,7 +167,7 @@ class Graphs:
             self.state.write(entries)
             entries = [(at[:0], pages[:0]) for at, pages in entries]
         kind = "logits" if sampling is None else "filtered" if filtered else "tokens"
-        keys = [self._attention_key(rows) for rows in batch.groups]
+        keys = [self._attention_key(kind, batch) for kind in self.layers.kinds]
         key = (size, kind, *keys, *self._choice_key(choice))
         graph = self.found.pop(key, None)
         if graph is None:
@@ -177,9 +182,9 @@ class Graphs:
         self.hidden = graph.hidden[:n]
         return found
 
-    def _attention_key(self, rows: PagedRows) -> tuple[Any, ...]:
-        spec = self.decoder.spec
-        return self.backend.graph_key(rows, spec.n_heads, spec.n_kv_heads, spec.head_dim)
+    def _attention_key(self, kind: Kind, batch: Batch) -> tuple[Any, ...]:
+        rows, dim = batch.groups[kind.group], self.decoder.spec.head_dim
+        return self.backend.graph_key(rows, kind.n_heads, kind.n_kv_heads, dim)
 
     def _choice_key(self, choice: Choice | None) -> tuple[Any, ...]:
         if choice is None:
@@ -196,8 +201,13 @@ class Graphs:
     def _capture(self, size: int, kind: str, batch: Batch, choice: Choice | None) -> Graph:
         spec = self.decoder.spec
         shape = (size, spec.n_heads, spec.n_kv_heads, spec.head_dim)
-        plans: list[GraphPlan] = [self.backend.graph_plan(*shape, rows) for rows in batch.groups]
-        tables = list(range(len(plans)))
+        plans: list[GraphPlan] = [
+            self.backend.graph_plan(
+                size, kind.n_heads, kind.n_kv_heads, spec.head_dim, batch.groups[kind.group]
+            )
+            for kind in self.layers.kinds
+        ]
+        tables = [kind.group for kind in self.layers.kinds]
         if choice is not None:
             for group, rows in choice.rows.items():
                 plans.append(self._selects.selected_graph_plan(*shape, rows, choice.most))
@@ -243,7 +253,8 @@ class Graphs:
             host[f"edit_at_{index}"][len(at) :] = self.state.spare
             host[f"edit_page_{index}"][: len(at)] = pages
             host[f"edit_page_{index}"][len(at) :] = 0
-        parts: list[Any] = [*batch.groups, *(choice.rows.values() if choice else ())]
+        parts: list[Any] = [batch.groups[kind.group] for kind in self.layers.kinds]
+        parts += choice.rows.values() if choice else ()
         for index, (plan, part) in enumerate(zip(graph.plans, parts, strict=True)):
             plan.fill(part, {name: host[f"{name}_{index}"] for name in plan.sizes})
 
@@ -252,14 +263,14 @@ class Graphs:
         from kvarn.kernels.triton.feed import feed, keep
 
         inputs, state = graph.inputs.device, self.state
-        group_of = {layer: g for g, group in enumerate(self.groups) for layer in group.layers}
         for index, table in enumerate(state.tables):
             at = inputs[f"edit_at_{index}"].long()
             table.index_copy_(0, at, inputs[f"edit_page_{index}"])
         tokens = feed(inputs["token"], inputs["row"], state.last)
 
-        plans: list[Any] = [graph.plans[group_of[layer]] for layer in range(len(group_of))]
+        plans = self.layers.plans(graph.plans)
         if graph.choice is not None:
+            group_of = {layer: g for g, group in enumerate(self.groups) for layer in group.layers}
             _choosing(plans, graph, graph.choice, group_of)
         attend = PagedAttend(plans, self.pool.cache, takes_projection=True)
         hidden = graph.hidden = self.decoder.forward(tokens, inputs["position"], attend)

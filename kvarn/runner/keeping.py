@@ -30,9 +30,11 @@ class Kept:
     part: OneShot
     keep: tuple[Keep, ...]
     prompt_len: int
-    mass: dict[int, Tensor] = field(default_factory=dict)  #: by layer, until the prompt is whole
-    #: positions that stayed, ascending, by layer: [Hkv, budget]; what came later is in the ring
-    positions: dict[int, Tensor] = field(default_factory=dict)
+    #: by group and layer, until the prompt is whole
+    mass: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    #: positions that stayed, ascending, by group and layer: [Hkv, budget]; what came later is in
+    #: the ring
+    positions: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -40,6 +42,7 @@ class Watched:
     """One span of a step, in one group: rows to see, and what to do when it is done."""
 
     seq: Kept
+    group: int
     first: int  #: flattened rows first .. last
     last: int
     start: int  #: position of the first
@@ -89,7 +92,7 @@ class Keeping:
                 row = int(batch.rows[at])
                 slots, target = self._where(group, row, end, move, device)
                 last = int(batch.indptr[at + 1])
-                groups[group].append(Watched(seq, first, last, begin, slots, target, keep))
+                groups[group].append(Watched(seq, group, first, last, begin, slots, target, keep))
         return groups if any(groups) else []
 
     def _where(
@@ -119,8 +122,8 @@ class Keeping:
                 pages = self.image.tables[group][row, : -(-keep.budget // self.image.page_size)]
                 found = _slots(pages, self.image.page_size, keep.budget)
                 slots = upload([found], torch.int64, device)[0]
-                for layer in pool.groups[group].layers:
-                    self._fold(seq, keep, layer, pool.cache[layer], slots)
+                for layer, cache in pool.by_group[group].items():
+                    self._fold(seq, keep, layer, cache, slots)
 
     def _fold(self, seq: Kept, keep: Keep, layer: int, cache: Any, slots: Tensor) -> None:
         """Slots are in the order of their positions: the last of them are the newest."""
@@ -132,18 +135,18 @@ class Keeping:
 
     def see(self, watched: Watched, layer: int, cache: Any, q: Tensor) -> None:
         """One layer has attended with q [T, Hq, d], and its KV is in `cache`."""
-        seq = watched.seq
+        seq, at = watched.seq, (watched.group, layer)
         k = self.backend.keys(cache, watched.slots)
         if watched.last > watched.first:
             mass = seq.part.observe(q[watched.first : watched.last], k, watched.start)
-            if layer in seq.mass:
-                before = seq.mass[layer]
+            if at in seq.mass:
+                before = seq.mass[at]
                 mass[:, : before.shape[1]] += before
-            seq.mass[layer] = mass
+            seq.mass[at] = mass
         if watched.target is not None:
-            prompt = Prompt(k, seq.mass.pop(layer, None), layer)
+            prompt = Prompt(k, seq.mass.pop(at, None), layer)
             stays = chosen(seq.part.score(prompt), watched.keep, seq.part.sinks)
-            seq.positions[layer] = stays
+            seq.positions[at] = stays
             k, v = self.backend.read(cache, watched.slots[stays.T])
             self.backend.write(cache, watched.target, k, v)
 

@@ -30,8 +30,8 @@ class Turning:
     ropes: list[Rope]  #: by layer
     sinks: dict[int, int] = field(default_factory=dict)  #: number by image row
     _fresh: set[int] = field(default_factory=set)  # rows whose sinks have never been turned
-    #: by layer and number of sinks: K and V of every image row, [rows, sinks, Hkv, d] each
-    _saved: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    #: by group, layer and number of sinks: K and V of every image row, [rows, sinks, Hkv, d] each
+    _saved: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def start(self, row: int, sinks: int) -> None:
         """The sequence in `row` has this many."""
@@ -74,21 +74,23 @@ class Turning:
             [slots, rows, ahead, np.flatnonzero(new)], torch.int64, device
         )
         for layer in group.layers:
-            cache = self.pool.cache[layer]
-            keys, values = self._of(layer, count, group)
+            cache, heads = self.pool.by_group[index][layer], len(group.heads_of(layer))
+            keys, values = self._of(index, layer, count, heads, group.head_dim)
             if len(fresh):
-                found = where[fresh].flatten().unsqueeze(1).expand(-1, group.n_kv_heads)
+                found = where[fresh].flatten().unsqueeze(1).expand(-1, heads)
                 k, v = self.backend.read(cache, found)
                 keys[which[fresh]] = k.view(len(fresh), count, *k.shape[1:])
                 values[which[fresh]] = v.view(len(fresh), count, *v.shape[1:])
             k = turned(keys[which], self.ropes[layer], shift)
             self.backend.write(cache, where.flatten(), k.flatten(0, 1), values[which].flatten(0, 1))
 
-    def _of(self, layer: int, count: int, group: GroupSpec) -> tuple[Tensor, Tensor]:
-        """Where the sinks of a layer are remembered."""
-        key = (layer, count)
+    def _of(
+        self, index: int, layer: int, count: int, heads: int, dim: int
+    ) -> tuple[Tensor, Tensor]:
+        """Where the sinks of a layer's `heads` in a group are remembered."""
+        key = (index, layer, count)
         if key not in self._saved:
-            shape = (len(self.image.owner), count, group.n_kv_heads, group.head_dim)
+            shape = (len(self.image.owner), count, heads, dim)
             device = self.ropes[0].cos.device
             self._saved[key] = (
                 torch.zeros(shape, dtype=self.pool.dtype, device=device),

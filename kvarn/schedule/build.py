@@ -47,7 +47,7 @@ def build_control(
         windows = [group.window for group in groups]
         policy = cast(Evict, find("evict", evict)())
         make: Any = find("prefix", prefix)  # what its constructor takes, the registry does not know
-        index = make(page_size, windows, policy)
+        index = make(page_size, windows, policy, [g.sink_pages(page_size) for g in groups])
     kv = KVManager(groups, pages, page_size, index)
     part = cast(Scheduler, find("scheduler", scheduler)())
     if write is not None:

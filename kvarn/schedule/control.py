@@ -361,10 +361,15 @@ class ControlPlane:
             return span.start  # it ended after the step was planned
         if seq.select is not None:
             return seq.select.seen(seq.prompt_len, span.start)
-        keeps = seq.keep
-        if not keeps:
+        groups = self.kv.groups
+        if seq.keep:
+            seen = [keep.seen(seq.prompt_len, span.start) for keep in seq.keep]
+        elif self.kv.has_heads:  # windows of whole layers are the cost model's own business
+            seen = [group.seen(span.start) for group in groups]
+        else:
             return span.start
-        return sum(keep.seen(seq.prompt_len, span.start) for keep in keeps) // len(keeps)
+        heads = [group.n_heads for group in groups]
+        return sum(n * share for n, share in zip(seen, heads, strict=True)) // sum(heads)
 
     def stats(self) -> EngineStats:
         """Counters and gauges."""

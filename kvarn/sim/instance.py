@@ -160,7 +160,7 @@ class Instance:
         """The price of a step in which filtered prompts leave after the first layers."""
         context = self.control.context
         spans = [(context(s), s.length, s.wants_logits, s.layers) for s in plan.spans]
-        return partway(self.cost, spans, sum(len(g.layers) for g in self.control.kv.groups))
+        return partway(self.cost, spans, self.control.kv.n_layers)
 
     def _coastable(self, in_flight: int = 0) -> int:
         """Decode steps that may be taken at once, after those `in_flight`."""

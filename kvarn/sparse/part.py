@@ -45,6 +45,9 @@ class Sparsity(Part):
 
     kind: ClassVar[str] = "sparsity"
     needs: ClassVar[frozenset[Cap]] = frozenset({Cap.PAGED_KV, Cap.TABLE_GROUPS})
+    #: whether its table groups hold every request to its rule: an engine's own part, and no other
+    #: may be asked for beside it
+    fixed: ClassVar[bool] = False
 
     def split(self, groups: list[GroupSpec]) -> list[GroupSpec]:
         """The table groups that it wants, of those of the model."""

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from kvarn.core.errors import ConfigError, RequestError, nearest
 from kvarn.core.keep import Filter, Keep, Select
-from kvarn.core.model import GroupSpec
+from kvarn.core.model import GroupSpec, shares_of
 from kvarn.core.part import find
 from kvarn.core.request import Request
 from kvarn.sparse.part import Sparsity
@@ -69,7 +69,7 @@ class Rules:
     @property
     def n_layers(self) -> int:
         """Layers of the model."""
-        return sum(len(group.layers) for group in self.groups)
+        return len(shares_of(self.groups))
 
     @property
     def default_selects(self) -> bool:
@@ -116,9 +116,19 @@ class Rules:
             )
 
     def _checked(self, text: str) -> None:
-        part = parse(text)
+        part, own = parse(text), parse(self.default)
+        if text != self.default and own is not None and own.fixed:
+            raise ConfigError(
+                f"sparsity {text!r} cannot be had of an engine whose table groups are those of "
+                f"sparsity={self.default}: leave it out, or start an engine without that"
+            )
         if part is None:
             return
+        if part.fixed and text != self.default:
+            raise ConfigError(
+                f"sparsity {part.name!r} needs table groups of its own, which this engine has not: "
+                f"start it with sparsity={text}"
+            )
         part.check(self.page_size, len(self.groups))
         if any(part.keep(group, self.n_layers) is not None for group in self.groups):
             self._can_evict(part)

@@ -55,7 +55,7 @@ def masked_logits(engine: Engine, tokens: list[int], kept: Kept) -> Tensor:
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         chosen = torch.zeros(spec.n_kv_heads, total, dtype=torch.bool, device=q.device)
-        chosen.scatter_(1, kept.positions[layer][:, : keep.budget - keep.recent], True)
+        chosen.scatter_(1, kept.positions[0, layer][:, : keep.budget - keep.recent], True)
         seen = recent | chosen.unsqueeze(1)  # [Hkv, T, T]
         seen[:, :n] = causal[:n]
         group = spec.n_heads // spec.n_kv_heads
@@ -82,7 +82,7 @@ def test_compaction_is_a_mask(tiny_folder: Any, name: str, attention: str) -> No
         prefix="none",
     )
     tokens, kept = generate(engine, PROMPT, 60)
-    assert kept is not None and kept.positions[0].shape == (2, 41)
+    assert kept is not None and kept.positions[0, 0].shape == (2, 41)
     logits = masked_logits(engine, PROMPT + tokens, kept)
     assert logits[len(PROMPT) - 1 : -1].argmax(-1).tolist() == tokens
 
@@ -207,7 +207,7 @@ def test_dense_attend_is_what_the_masks_replace(tiny_folder: Any) -> None:
     engine = make_engine(tiny_folder("llama"), sparsity="knorm:budget=149")
     _, kept = generate(engine, PROMPT, 1)
     assert kept is not None
-    kept.positions = {layer: torch.arange(150).expand(2, -1) for layer in kept.positions}
+    kept.positions = {at: torch.arange(150).expand(2, -1) for at in kept.positions}
     decoder = engine.executor.decoder  # type: ignore[attr-defined]
     with torch.inference_mode():
         hidden = decoder.forward(torch.tensor(PROMPT), torch.arange(150), dense_attend(engine.spec))

@@ -110,6 +110,12 @@ def test_windows_and_caps(window: int, softcap: float | None) -> None:
     check(make(RAGGED, window=window, softcap=softcap))
 
 
+@pytest.mark.parametrize(("window", "sinks"), [(1, 1), (10, 4), (64, 16), (40, 70), (1000, 8)])
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_sinks_beside_a_window(window: int, sinks: int, softcap: float | None) -> None:
+    check(make(RAGGED, window=window, softcap=softcap, sinks=sinks))
+
+
 def test_softcap() -> None:
     check(make(RAGGED, softcap=5.0))
 
@@ -123,6 +129,7 @@ def test_long_contexts_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
     spans = [(900, 1), (300, 1), (20, 1), (600, 3), (500, 70)]
     check(make(spans))
     check(make(spans, window=400))
+    check(make(spans, window=400, sinks=100))
     check(make(spans, heads=18, softcap=10.0))
 
 

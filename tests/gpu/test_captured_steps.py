@@ -138,6 +138,19 @@ def test_verified_rows_with_rules_and_logprobs(tiny_folder: Any) -> None:
     assert engine.executor.replayed["verify"] > 0
 
 
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_heads_in_groups_of_their_own(tiny_folder: Any, overlap: str) -> None:
+    """Two page tables in a layer, one of them sinks and a window: as without captured steps."""
+    folder = tiny_folder("llama")
+    options = {"sparsity": "duoattention:by=random,sinks=6,window=18", "budget": 16}
+    engine, capture = captured(folder, overlap=overlap, **options)
+    requests = make_requests(5)
+    plain = make_engine(folder, attention="reference", device="cpu", **options)
+    assert run(engine, requests, seed=3) == run(plain, requests, seed=3)
+    assert capture.replays > 5
+    assert engine.control.check_integrity() == []
+
+
 def test_rules_and_logprobs_between_plain_requests(tiny_folder: Any) -> None:
     """A step with a penalised row looks at the tokens before; the others are as without it."""
     plain = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from golden import test_prompt_filter, test_selection
+from golden import test_head_groups, test_prompt_filter, test_selection
 from golden.naive import naive_generate
 from golden.test_sparsity import ONE_SHOT, PROMPT, TEXT, generate, make_engine, masked_logits
 
@@ -43,6 +43,25 @@ def test_selection_is_a_mask(tiny_folder: Any, graphs: str, overlap: str) -> Non
         tokens, _ = generate(engine, PROMPT, 60)
         logits = test_selection.masked_logits(engine, PROMPT + tokens, len(PROMPT), 40, 1)
         assert logits[len(PROMPT) - 1 : -1].argmax(-1).tolist() == tokens
+    engine.close()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("graphs", ["off", "on"])
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_heads_see_what_their_group_leaves(
+    tiny_folder: Any, seed: int, graphs: str, overlap: str
+) -> None:
+    """Prompts in chunks, captured decode steps, and the pages of the first time."""
+    engine = make_engine(
+        tiny_folder("llama"), sparsity=test_head_groups.RULE.format(seed), device="cuda",
+        graphs=graphs, overlap=overlap,
+    )  # fmt: skip
+    for _ in range(2):
+        tokens, _ = generate(engine, PROMPT, 60)
+        logits = test_head_groups.masked_logits(engine, PROMPT + tokens)
+        assert logits[len(PROMPT) - 1 : -1].argmax(-1).tolist() == tokens
+    assert engine.control.check_integrity() == []
     engine.close()
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from kvarn.core.config import resolve
+from kvarn.core.errors import RequestError
 from kvarn.core.part import find, known
 from kvarn.core.request import Request, SamplingParams
 from kvarn.engine.engine import Engine
@@ -14,12 +15,16 @@ PARTS = sorted(name for kind, name in known() if kind == "sparsity")
 #: the tiny model has no more layers; a prompt's last tokens go on beside its first
 MORE = {"pyramid": ",steps=3", "gemfilter": ",recent=8,layer=1"}
 SELECTORS = [name for name in PARTS if issubclass(find("sparsity", name), Selector)]
+#: those whose table groups hold every request of the engine
+FIXED = [name for name in PARTS if find("sparsity", name).fixed]  # type: ignore[attr-defined]
 SYSTEM = [(5 * i * i + i) % 97 for i in range(40)]
 PROMPTS = [SYSTEM + [(11 * i * j + 3 * j) % 97 for j in range(10 + 17 * i)] for i in range(1, 6)]
 
 
 def rule(name: str) -> str:
     """The part with a budget below every prompt but the shortest."""
+    if name in FIXED:
+        return f"{name}:by=random,window=28,sinks=4"
     if name in SELECTORS:
         return f"{name}:budget=48,dense=1"
     return f"{name}:budget=32,sinks=4{MORE.get(name, '')}"
@@ -103,8 +108,9 @@ def test_preempted_requests_keep_the_same_again(tiny_folder: Any, alone: Any, sp
         tiny_folder("llama"), sparsity=spec, pages=54, budget=48, prefix="none", max_len=184
     )
     params = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
+    dense = None if spec.partition(":")[0] in FIXED else "none"
     for i in range(4):
-        engine.add(Request(f"dense{i}", SYSTEM[: 10 + i], params, sparsity="none"))
+        engine.add(Request(f"dense{i}", SYSTEM[: 10 + i], params, sparsity=dense))
     found = run(engine, PROMPTS)
     assert engine.control.stats().preemptions > 0
     assert {seq: tokens for seq, tokens in found.items() if seq[0] == "r"} == alone(spec)
@@ -112,12 +118,12 @@ def test_preempted_requests_keep_the_same_again(tiny_folder: Any, alone: Any, sp
 
 @pytest.mark.parametrize("name", PARTS)
 def test_siblings(tiny_folder: Any, alone: Any, name: str) -> None:
-    spec = f"{name}:budget=48{MORE.get(name, '')}"
+    spec = rule(name) if name in FIXED else f"{name}:budget=48{MORE.get(name, '')}"
     engine = make_engine(tiny_folder("llama"), sparsity=spec)
     assert run(engine, PROMPTS, n=3) == alone(spec, 3)
 
 
-@pytest.mark.parametrize("name", [n for n in PARTS if n not in ("pyramid", *SELECTORS)])
+@pytest.mark.parametrize("name", [n for n in PARTS if n not in ("pyramid", *FIXED, *SELECTORS)])
 def test_requests_choose(tiny_folder: Any, alone: Any, name: str) -> None:
     """Each request its own, on one engine; and none where the engine has one."""
     spec = f"{name}:budget=48{MORE.get(name, '')}"
@@ -137,7 +143,18 @@ def test_requests_choose_how_much_they_see(tiny_folder: Any, alone: Any, name: s
     assert run(engine, PROMPTS, sparsity="snapkv:budget=32,sinks=4") == alone(rule("snapkv"))
 
 
-@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.parametrize("name", FIXED)
+def test_what_holds_every_request_cannot_be_left(tiny_folder: Any, name: str) -> None:
+    """Nor taken up where the engine has other table groups."""
+    engine = make_engine(tiny_folder("llama"), sparsity=rule(name))
+    with pytest.raises(RequestError, match="start an engine without"):
+        engine.add(Request("r", PROMPTS[0], sparsity="none"))
+    engine = make_engine(tiny_folder("llama"))
+    with pytest.raises(RequestError, match=f"start it with sparsity={name}"):
+        engine.add(Request("r", PROMPTS[0], sparsity=rule(name)))
+
+
+@pytest.mark.parametrize("name", [*SELECTORS, *FIXED])
 @pytest.mark.parametrize("proposer", ["ngram", "suffix"])
 def test_drafts_change_nothing(tiny_folder: Any, alone: Any, name: str, proposer: str) -> None:
     """A page that a rejected draft has filled is bounded anew."""

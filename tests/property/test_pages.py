@@ -13,7 +13,9 @@ from kvarn.core.model import GroupSpec
 from kvarn.core.part import find
 from kvarn.core.plan import StepPlan, StepResult
 from kvarn.core.request import Request, SamplingParams
+from kvarn.core.seq import Seq
 from kvarn.kv.manager import KVManager
+from kvarn.kv.prefix import NO_PAGE
 from kvarn.schedule.continuous import Continuous
 from kvarn.schedule.control import Capacity, ControlPlane
 from kvarn.sim.instance import choices
@@ -21,6 +23,7 @@ from kvarn.sim.instance import choices
 PAGE = 4
 SYSTEM_PROMPTS = [[1] * 20, [1] * 12 + [2] * 20, [3] * 40, []]
 LAYOUTS = [(None,), (6,), (None, 10), (None, None, 7, 12)]
+SINKS = [0, 3, 9]  #: of every window
 
 
 #: by the request's `sparsity`, which says nothing else here; one rule for every group
@@ -36,12 +39,16 @@ FILTERS = {"filtered": Filter(1, 12, 1, 4), "by the last": Filter(9, 9, 0, 1)}
 
 
 def make_control(
-    prefix: str, evict: str, windows: tuple[int | None, ...], pages: int
+    prefix: str, evict: str, windows: tuple[int | None, ...], pages: int, sinks: int = 0
 ) -> ControlPlane:
-    groups = [GroupSpec((layer,), 1, 8, window) for layer, window in enumerate(windows)]
+    groups = [
+        GroupSpec((layer,), 1, 8, window, sinks=sinks if window else 0)
+        for layer, window in enumerate(windows)
+    ]
     index = None
     if prefix != "none":
-        index = find("prefix", prefix)(PAGE, windows, find("evict", evict)())  # type: ignore[call-arg]
+        stay = [group.sink_pages(PAGE) for group in groups]
+        index = find("prefix", prefix)(PAGE, windows, find("evict", evict)(), stay)  # type: ignore[call-arg]
     kv = KVManager(groups, [pages] * len(groups), PAGE, index)  # type: ignore[arg-type]
 
     def keeps(request: Request) -> tuple[Keep, ...]:
@@ -77,9 +84,12 @@ class Pages(RuleBasedStateMachine):
         evict=st.sampled_from(["lru", "lfu"]),
         windows=st.sampled_from(LAYOUTS),
         pages=st.integers(42, 80),
+        sinks=st.sampled_from(SINKS),
     )
-    def begin(self, prefix: str, evict: str, windows: tuple[int | None, ...], pages: int) -> None:
-        self.control = make_control(prefix, evict, windows, pages)
+    def begin(
+        self, prefix: str, evict: str, windows: tuple[int | None, ...], pages: int, sinks: int
+    ) -> None:
+        self.control = make_control(prefix, evict, windows, pages, sinks)
         self.chance = random.Random(0)
         self.now = 0.0
         self.in_flight: StepPlan | None = None
@@ -140,6 +150,8 @@ class Pages(RuleBasedStateMachine):
                 held = [page for page in table if page >= 0]
                 assert len(held) == len(set(held))
             assert seq.computed <= seq.capacity
+            if seq.filter is None:
+                self.next_row_has_what_it_sees(seq)
             for keep, table in zip(seq.keep[:1], seq.tables):
                 if seq.computed < keep.since(seq.prompt_len):
                     assert len(table) * PAGE >= seq.computed
@@ -147,6 +159,15 @@ class Pages(RuleBasedStateMachine):
                     assert len(table) == -(-keep.budget // PAGE)
                     ring = table[(keep.budget - keep.recent) // PAGE :]
                     assert all(writable(self.control, page) for page in ring)
+
+    def next_row_has_what_it_sees(self, seq: Seq) -> None:
+        """The pages of its window and of the sinks."""
+        end = -(-seq.computed // PAGE)
+        for spec, table in zip(self.control.kv.groups, seq.tables):
+            if spec.window is not None:
+                first = max(0, seq.computed - spec.window + 1) // PAGE
+                stay = table[: min(end, spec.sink_pages(PAGE))]
+                assert NO_PAGE not in table[first:end] + stay
 
     def teardown(self) -> None:
         if not hasattr(self, "control"):
@@ -170,10 +191,11 @@ TestPages.settings = settings(
 
 @pytest.mark.parametrize("prefix", ["hash", "radix", "none"])
 @pytest.mark.parametrize("windows", [*LAYOUTS, (None, None)])
-def test_ten_thousand_operations(prefix: str, windows: tuple[int | None, ...]) -> None:
+@pytest.mark.parametrize("sinks", [0, 9])
+def test_ten_thousand_operations(prefix: str, windows: tuple[int | None, ...], sinks: int) -> None:
     """A long life: no leak over 10,000 adds, aborts and steps together."""
     chance = random.Random(7)
-    control = make_control(prefix, "lru", windows, 100)
+    control = make_control(prefix, "lru", windows, 100, sinks)
     in_flight: StepPlan | None = None
     operations = added = 0
     while operations < 10_000:

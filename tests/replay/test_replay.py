@@ -75,6 +75,17 @@ def test_a_live_run_decides_as_it_did(tiny_folder, tmp_path, scheduler, prefix, 
     assert report.steps > 40 and report.differing == 0, report.shown
 
 
+@pytest.mark.parametrize("prefix", ["hash", "radix"])
+@pytest.mark.parametrize("window", [4, 30])
+def test_head_groups_decide_as_they_did(tiny_folder, tmp_path, prefix, window):
+    """The windows of a table group of heads give pages back, and their sinks stay."""
+    path = str(tmp_path / "log.jsonl")
+    rule = f"duoattention:by=random,sinks=6,window={window}"
+    record(tiny_folder("llama"), path, prefix=prefix, sparsity=rule)
+    report = replay(path)
+    assert report.steps > 40 and report.differing == 0, report.shown
+
+
 @pytest.mark.parametrize("proposer", ["ngram", "suffix"])
 def test_speculation_decides_as_it_did(tiny_folder, tmp_path, proposer):
     path = str(tmp_path / "log.jsonl")

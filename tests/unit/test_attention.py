@@ -55,14 +55,23 @@ def make_case(
     dtype: torch.dtype,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: int = 0,
 ) -> Case:
-    """One sequence a span, pages scattered, leading pages out of the window given back."""
+    """One sequence a span, pages scattered, leading pages out of the window given back.
+
+    With sinks, the pages between them and the window are one that holds nothing.
+    """
     torch.manual_seed(int(rng.integers(1 << 30)))
     counts = [-(-(start + length) // page_size) for start, length in spans]
     n_pages = sum(counts) + 3
     free = rng.permutation(n_pages)
     tables = np.split(free[: sum(counts)], np.cumsum(counts)[:-1])
     first = [0 if window is None else max(0, start - window + 1) // page_size for start, _ in spans]
+    if sinks:
+        stay = -(-sinks // page_size)
+        for table, f in zip(tables, first):
+            table[stay:f] = free[-1]
+        first = [0] * len(spans)
     keys = [torch.randn(s + n, kv_heads, dim).to(dtype) for s, n in spans]
     values = [torch.randn(s + n, kv_heads, dim).to(dtype) for s, n in spans]
     total = sum(n for _, n in spans)
@@ -82,6 +91,7 @@ def make_case(
         page_size=page_size,
         scale=dim**-0.5,
         window=window,
+        sinks=sinks,
         softcap=softcap,
     )
     q = torch.randn(total, heads, dim).to(dtype)
@@ -98,7 +108,7 @@ def expected(case: Case) -> tuple[Tensor, Tensor]:
         slots = torch.arange(len(keys))
         mask = slots <= at
         if case.rows.window is not None:
-            mask &= slots > at - case.rows.window
+            mask &= (slots > at - case.rows.window) | (slots < case.rows.sinks)
         o, lse = attend(case.q[lo:hi], keys, values, mask, case.rows.scale, case.rows.softcap)
         os.append(o)
         lses.append(lse)
@@ -186,6 +196,16 @@ def test_window(name, window, page_size):
     rng = np.random.default_rng(window)
     spans = [*random_spans(rng, 6, 150), (200, 1), (190, 30), (0, 1)]
     check(make_case(rng, spans, page_size, 9, 3, 64, torch.float32, window), name)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(("window", "sinks"), [(1, 1), (7, 4), (16, 16), (40, 70), (100, 20)])
+@pytest.mark.parametrize("page_size", [1, 8, 64])
+def test_sinks_beside_a_window(name, window, sinks, page_size):
+    """Rows whose window has just left the sinks, is within them, or has not yet begun to leave."""
+    rng = np.random.default_rng(window)
+    spans = [*random_spans(rng, 6, 150), (200, 1), (190, 30), (0, 1), (0, 130), (sinks, 40)]
+    check(make_case(rng, spans, page_size, 9, 3, 64, torch.float32, window, sinks=sinks), name)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kvarn.bench.options import Fleet
-from kvarn.bench.sim import overlaps
+from kvarn.bench.sim import find_spec, overlaps, pages_by_formula
 from kvarn.cli import main
 
 ROWS = [
@@ -120,6 +120,21 @@ def test_overlap_is_the_engines_own_choice_unless_said(tmp_path, trace, capsys):
     assert overlaps(Fleet(device="H200")) and not overlaps(Fleet(device="CPU"))
     assert main(["sim", *words, "--overlap", "maybe"]) == 2
     assert "auto, on or off" in capsys.readouterr().err
+
+
+def test_heads_that_stream_leave_room_and_cost_less(tmp_path, trace):
+    """Three of four heads hold a window: pages for three times as many positions; cheaper steps."""
+    rule = "duoattention:by=random,share=0.25,window=256"
+    spec = find_spec("llama-3.1-8b")
+    pages = [
+        pages_by_formula(Fleet(device="H100", sparsity=said), spec, 16) for said in ("none", rule)
+    ]
+    assert pages[1] > 3 * pages[0]
+    words = ["--trace", trace, "--model", "llama-3.1-8b", "--device", "H100", "--prefix", "none"]
+    full, apart = sim(tmp_path, *words), sim(tmp_path, *words, "--sparsity", rule)
+    assert full["completed"] == apart["completed"] == 40
+    assert apart["total_output_tokens"] == full["total_output_tokens"]
+    assert apart["mean_tpot_ms"] < full["mean_tpot_ms"]
 
 
 def test_filtered_prompts_cost_a_share_of_the_layers(tmp_path, trace):

@@ -34,6 +34,9 @@ class PagedRows:
     page_size: int
     scale: float
     window: int | None = None
+    #: first positions that are seen beside the window: page lists reach back to position 0 before
+    #: the first of their pages (which `base` is the position of), whatever lies between
+    sinks: int = 0
     softcap: float | None = None
     #: on a GPU: the flat page tables of all sequences (int32, on the device), which `page_indptr`
     #: ([S] there: the entry of each span's first page) points into instead of `pages`

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvarn.core.part import Cap, Part
 from kvarn.kernels.attention import Ints, PagedRows
-from kvarn.kernels.attention.reference import attend
+from kvarn.kernels.attention.reference import attend, inside
 from kvarn.kernels.attention.storage import zeros
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -104,8 +104,8 @@ def blocks(
 
 
 @dataclass(slots=True)
-class Capped:
-    """Any span with a soft-cap, which torch's kernel has not: dense, in fp32."""
+class Masked:
+    """Any span with a soft-cap or sinks, which torch's kernel has not: dense, in fp32."""
 
     lo: int
     hi: int
@@ -157,7 +157,7 @@ class CPUPlan:
         return self._biases[key]
 
 
-Piece = Decode | Fresh | Chunk | Capped
+Piece = Decode | Fresh | Chunk | Masked
 
 
 def slots_of(rows: PagedRows, s: int, low: int, end: int) -> Ints:
@@ -182,8 +182,8 @@ def pieces_of(rows: PagedRows) -> list[Piece]:
         low = lowest(rows, start)
         if hi == lo:
             continue
-        if rows.softcap is not None:
-            pieces.append(_capped(rows, s, lo, hi, start, low))
+        if rows.softcap is not None or rows.sinks:
+            pieces.append(_masked(rows, s, lo, hi, start, low))
         elif hi - lo == 1:
             single.append(s)
         elif start == 0:
@@ -194,13 +194,15 @@ def pieces_of(rows: PagedRows) -> list[Piece]:
     return pieces + _decodes(rows, single)
 
 
-def _capped(rows: PagedRows, s: int, lo: int, hi: int, start: int, low: int) -> Capped:
-    at = torch.arange(start, start + hi - lo).unsqueeze(1)
-    position = torch.arange(low, start + hi - lo)
+def _masked(rows: PagedRows, s: int, lo: int, hi: int, start: int, low: int) -> Masked:
+    end, sinks = start + hi - lo, min(rows.sinks, low)
+    at = torch.arange(start, end).unsqueeze(1)
+    position = torch.cat([torch.arange(sinks), torch.arange(low, end)])
     mask = position <= at
     if rows.window is not None:
-        mask &= position > at - rows.window
-    return Capped(lo, hi, torch.from_numpy(slots_of(rows, s, low, start + hi - lo)), mask)
+        mask &= inside(rows, position, at)
+    slots = np.concatenate([slots_of(rows, s, 0, sinks), slots_of(rows, s, low, end)])
+    return Masked(lo, hi, torch.from_numpy(slots), mask)
 
 
 def _decodes(rows: PagedRows, spans: list[int]) -> list[Piece]:

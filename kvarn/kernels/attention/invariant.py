@@ -54,11 +54,14 @@ class InvariantPlan:
         base = int(positions[0])
         folded = q.float().view(heads, -1, dim)
         low = 0 if rows.window is None else max(0, at - rows.window + 1)
+        ranges = [(first, low, at + 1) for first in range(low // TILE * TILE, at + 1, TILE)]
+        sinks = min(rows.sinks, low)
+        ranges += [(first, 0, sinks) for first in range(0, sinks, TILE)]
         peak = torch.full(folded.shape[:2], -torch.inf)
         total = torch.zeros(folded.shape[:2])
         o = torch.zeros(folded.shape)
-        for first in range(low // TILE * TILE, at + 1, TILE):
-            lo, hi = max(first, low), min(first + TILE, at + 1)
+        for first, begin, end in ranges:
+            lo, hi = max(first, begin), min(first + TILE, end)
             tile = torch.zeros(2, heads, TILE, dim)
             picked = where[lo - base : hi - base]
             tile[0, :, lo - first : hi - first] = keys[picked].transpose(0, 1)

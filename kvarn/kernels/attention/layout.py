@@ -85,7 +85,7 @@ def lay_out(rows: PagedRows, heads: Heads) -> Layout:
         if mine.any():
             kinds.append((tiling, cut, tiles(rows, np.flatnonzero(mine), low, cut.height)))
     items = [split(found, split_length(found, heads.kv_heads, cut)) for _, cut, found in kinds]
-    return Layout([tiling for tiling, _, _ in kinds], joined(items, rows.window))
+    return Layout([tiling for tiling, _, _ in kinds], joined(items, rows))
 
 
 def lay_out_small(rows: PagedRows, heads: Heads) -> Layout:
@@ -96,7 +96,7 @@ def lay_out_small(rows: PagedRows, heads: Heads) -> Layout:
     own = tiles(rows, np.flatnonzero(lengths), own_low(rows, runs), few.height)
     kinds = [(whole, shared_tiles(rows, runs, whole.height)), (few, own)]
     items = [split(found, split_length(found, heads.kv_heads, cut)) for cut, found in kinds]
-    return Layout([wide, small], joined(items, rows.window))
+    return Layout([wide, small], joined(items, rows))
 
 
 def longest(rows: PagedRows) -> int:

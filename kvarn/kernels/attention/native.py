@@ -33,6 +33,7 @@ class Step(ctypes.Structure):
         *((name, ctypes.c_int64) for name in SIZES),
         *((name, ctypes.c_void_p) for name in ARRAYS),
         ("window", ctypes.c_int64),
+        ("sinks", ctypes.c_int64),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
         ("items", ctypes.c_int64),
@@ -138,7 +139,7 @@ class NativeAttention(Part):
         step = Step(
             len(rows.start), len(rows.slots), 0, 0, 0, rows.page_size,
             *(x.ctypes.data for x in arrays),
-            rows.window or 0, rows.scale, rows.softcap or 0.0, 0, None,
+            rows.window or 0, rows.sinks, rows.scale, rows.softcap or 0.0, 0, None,
         )  # fmt: skip
         return NativePlan(rows, lse, step, ctypes.addressof(step), self.kernels, arrays)
 

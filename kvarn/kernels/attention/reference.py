@@ -67,9 +67,13 @@ class ReferencePlan:
         start = int(rows.start[s])
         at = torch.arange(start, start + int(rows.indptr[s + 1] - rows.indptr[s])).unsqueeze(1)
         mask = positions <= at
-        if rows.window is not None:
-            mask &= positions > at - rows.window
-        return mask
+        return mask if rows.window is None else mask & inside(rows, positions, at)
+
+
+def inside(rows: PagedRows, positions: Tensor, at: Tensor) -> Tensor:
+    """Which `positions` [L] the window and the sinks leave to rows `at` [T, 1]: [T, L]."""
+    assert rows.window is not None
+    return (positions > at - rows.window) | (positions < rows.sinks)
 
 
 def visible(rows: PagedRows, s: int) -> tuple[Tensor, Tensor]:

@@ -131,11 +131,12 @@ def in_pieces(items: Ints, pieces: Ints, length: Ints) -> Ints:
     return items
 
 
-def joined(launches: Sequence[Ints], window: int | None) -> Work:
+def joined(launches: Sequence[Ints], rows: PagedRows) -> Work:
     """Number the slots of the partial items, list the slots of every row, order the items.
 
     Slots are merged in the order of the launches given, and of their items.
     """
+    window = None if rows.sinks else rows.window  # a row may see sinks alone of an item
     n_slots = 0
     rows_of: list[Ints] = []
     unseen: list[Bools] = []

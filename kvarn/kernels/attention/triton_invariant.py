@@ -34,7 +34,7 @@ class InvariantTritonPlan(TritonPlan):
         first = np.diff(items[:, ROW], prepend=-1) != 0  # of a tile, which is not torn apart
         number = np.maximum.accumulate(np.where(first, ends // MOST_SLOTS, 0))
         for mine in np.split(items, np.flatnonzero(np.diff(number)) + 1):
-            yield Layout([tiling], joined([mine], self.rows.window))
+            yield Layout([tiling], joined([mine], self.rows))
 
 
 def tiling_of(heads: Heads) -> Tiling:

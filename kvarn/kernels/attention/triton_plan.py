@@ -137,7 +137,7 @@ def _attend(
         scale, cap = rows.scale * LOG2E, 0.0
     else:
         scale, cap = rows.scale / rows.softcap, rows.softcap * LOG2E
-    if tiling.block_m == TALL and fits(cache, q):
+    if tiling.block_m == TALL and not rows.sinks and fits(cache, q):
         capped, window = rows.softcap is not None, rows.window or 0
         attend_chunks(
             items, pages, cache, q, o, lse, part_o, part_lse, scale, cap, window, capped
@@ -149,5 +149,5 @@ def _attend(
         q.stride(0), q.stride(1), scale, cap,
         kv_heads, group, dim, rows.page_size, rows.head_pages, rows.window or 0,
         rows.softcap is not None, lse is not None, tiling.block_m, tiling.block_n, block_d,
-        precision, tiling.stages, num_warps=tiling.warps,
+        precision, tiling.stages, rows.sinks, num_warps=tiling.warps,
     )  # fmt: skip

@@ -232,6 +232,22 @@ void attend(const Step& step, const T* cache, const T* q, int64_t q_stride, T* o
             weigh(s, r, some, used);
         }
     }
+    // the sinks that are behind a row's window; every row has a finite peak by now
+    const int64_t behind = step.sinks ? std::min(step.sinks, high - step.window) : 0;
+    for (int64_t first = 0; first < behind; first += TILE) {
+        const int64_t used = gather(step, cache, span, head, first, 0, behind, s);
+        const int64_t skip = std::max<int64_t>(0, first + step.window - position) * group;
+        for (int64_t r = skip; r < folded; r += STEP) {
+            const int64_t some = std::min<int64_t>(STEP, folded - r);
+            score(s, r, some);
+            for (int64_t i = r; i < r + some; i++) {
+                const int64_t left = position + i / group - step.window + 1;
+                soften(step, s.scores.get() + i * TILE, 0, std::min(behind, left) - first,
+                       weights + i * TILE, s.o.get() + i * s.wide, s.wide, s.peak[i], s.total[i]);
+            }
+            weigh(s, r, some, used);
+        }
+    }
     for (int64_t r = 0; r < folded; r++) {
         const int64_t to = (row + r / group) * step.heads + head * group + r % group;
         const float scale = 1.0f / s.total[r];

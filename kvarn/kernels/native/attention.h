@@ -22,6 +22,7 @@ struct Step {
     int64_t spans, rows, heads, kv_heads, dim, page_size;
     const int64_t *indptr, *start, *page_indptr, *pages, *base, *slots;
     int64_t window;  // 0: none
+    int64_t sinks;   // first positions that are seen beside the window
     float scale, softcap;  // softcap 0: none
     int64_t items;
     const int64_t* work;  // [items, 3]: span, first row, number of rows

@@ -76,13 +76,14 @@ def attend(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
     HEAD_PAGES: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, LSE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, SINKS: tl.constexpr = 0,
 ):  # fmt: skip
     """q [T, Hq, d] (strides q_row, q_head, 1) -> o [T, Hq, d], lse [T, Hq] or partial results.
 
     `scale` takes a dot product to base 2; with CAPPED it takes it to the argument of tanh, and
     `cap` is what tanh is multiplied with, in base 2. The page list of a KV head begins HEAD_PAGES
-    entries after that of the head before: 0 where all heads have one.
+    entries after that of the head before: 0 where all heads have one. Of SINKS positions at the
+    start, those behind a row's window are folded in by the item where the window begins.
     """
     program = tl.program_id(0)
     head = program % KV_HEADS
@@ -123,6 +124,15 @@ def attend(
                 queries, kv, pages, at, high, base, positions, peak, total, out, scale, cap,
                 KV_HEADS, DIM, PAGE, WINDOW, CAPPED, False, BLOCK_N, BLOCK_D, PRECISION,
             )  # fmt: skip
+    if SINKS > 0:  # noqa: SIM102  (known when it is compiled)
+        if low <= tl.maximum(start - WINDOW + 1, 0):
+            behind = positions - WINDOW  # the last that a row sees, if any
+            end = tl.minimum(SINKS, tl.maximum(start + n - WINDOW, 0))
+            for at in tl.range(0, end, BLOCK_N):
+                peak, total, out = _fold(
+                    queries, kv, pages - base // PAGE, at, end, 0, behind, peak, total, out, scale,
+                    cap, KV_HEADS, DIM, PAGE, 0, CAPPED, True, BLOCK_N, BLOCK_D, PRECISION,
+                )  # fmt: skip
     for at in tl.range(full, high, BLOCK_N, num_stages=STAGES):
         peak, total, out = _fold(
             queries, kv, pages, at, high, base, positions, peak, total, out, scale, cap,

@@ -18,9 +18,17 @@ class PrefixTree(Part):
     needs = frozenset({Cap.PAGED_KV})
     gives = frozenset({Cap.PREFIX_SHARING})
 
-    def __init__(self, page_size: int, windows: Sequence[int | None], evict: Evict) -> None:
+    def __init__(
+        self,
+        page_size: int,
+        windows: Sequence[int | None],
+        evict: Evict,
+        sinks: Sequence[int] = (),
+    ) -> None:
+        """`sinks`: leading pages of each group that are seen beside its window; (): none."""
         self.page_size = page_size
         self.windows = list(windows)  #: by group
+        self.sinks = list(sinks) or [0] * len(self.windows)
         self.policy = evict
         self._roots: dict[str, Node] = {}
         self._where: dict[tuple[int, PageId], Node] = {}  # (window group, page) -> node
@@ -170,11 +178,14 @@ class PrefixTree(Part):
         self._offer(node.parent)
 
     def _usable(self, pages: list[list[PageId]]) -> int:
-        """Longest run of leading pages whose end has every window before it whole."""
+        """Longest run of leading pages whose end has every window before it whole, and sinks."""
         length = len(pages[0])
         for group, window in enumerate(self.windows):
             if window is None:
                 continue
+            first = pages[group][: min(length, self.sinks[group])]
+            if NO_PAGE in first:
+                length = first.index(NO_PAGE)
             needed = -(-(window - 1) // self.page_size)  # the next query sees window - 1 positions
             while length and NO_PAGE in pages[group][max(0, length - needed) : length]:
                 length -= 1
