@@ -138,7 +138,7 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
         groups,
         config.page_size,
         config.sparsity,
-        config.speculate != "none",
+        config.draft_tokens if config.speculate != "none" else 0,
         config.deterministic,
     )
     backend = parts["attention"]()

@@ -301,7 +301,6 @@ class Runner:
         if watched:
             by_layer = [self._watching(i, plan, watched) for i, plan in enumerate(by_layer)]
         eager = forest is not None or bool(watched)
-        eager = eager or (selecting is not None and not selecting.fused)
         return PagedAttend(by_layer, self.pool.cache, self.state is not None and not eager)
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
