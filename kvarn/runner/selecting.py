@@ -60,7 +60,9 @@ class Selecting:
         self.keep = np.zeros(n_rows, np.int64)  #: pages that each row sees
         self.dense = np.zeros(n_rows, np.int64)  #: first layers that see all
         self.reuse = np.ones(n_rows, np.int64)  #: rows of a page that share a choice
-        self.odd = np.zeros(n_rows, np.bool_)  #: whether it chooses by something else than the bounds
+        self.odd = np.zeros(
+            n_rows, np.bool_
+        )  #: whether it chooses by something else than the bounds
         self.sketched = np.zeros(n_rows, np.int64)  #: leading pages that have bounds
         own = rules.lists
         self.most = 0 if own is None else own.budget // image.page_size  #: of a remembered list
@@ -77,6 +79,11 @@ class Selecting:
                 self.books[layer] = Book(sketch, memory)
         self.groups = [g if group.sketched else None for g, group in enumerate(pool.groups)]
         self.group_of = {layer: g for g, group in enumerate(pool.groups) for layer in group.layers}
+
+    @property
+    def remembered(self) -> int:
+        """Memory of choices that serve later rows. [bytes]"""
+        return sum(book.memory.nbytes for book in self.books.values() if book.memory is not None)
 
     def start(self, row: int, start: SeqStart) -> None:
         """The sequence in `row`, if it chooses."""

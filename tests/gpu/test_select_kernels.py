@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from unit.test_attention import make_case
 from torch import Tensor
-from unit.test_attention import Case
+from unit.test_attention import Case, make_case
 from unit.test_selected import PAGE, bounds_choose, expected, fill, remembered, select
 
 pytest.importorskip("triton")

@@ -150,9 +150,7 @@ class SelectedPlan(Protocol):
 class FusedSelectedPlan(SelectedPlan, Protocol):
     """A plan that takes the projection as it is."""
 
-    def fused(
-        self, cache: Any, book: Book, qkv: Tensor, rotary: Rotary, choose: Choose
-    ) -> Tensor:
+    def fused(self, cache: Any, book: Book, qkv: Tensor, rotary: Rotary, choose: Choose) -> Tensor:
         """Normalise and rotate q and k of qkv [T, (Hq + 2 Hkv) * d], then as `run`."""
         ...
 
