@@ -79,6 +79,12 @@ class OneShot(Sparsity):
     recent: int = 0  #: and the last; 0: a quarter of the budget
 
     watch: ClassVar[int] = 0  #: last rows of the prompt whose attention is summed up
+    newest: ClassVar[float] = 0.0  #: share of what stays, at least, where it chooses again
+
+    @property
+    def sums(self) -> bool:
+        """Whether the sums of what is held go on with the rows that are generated."""
+        return False
 
     @property
     def turns(self) -> bool:
