@@ -203,7 +203,7 @@ class Graphs:
         host = graph.inputs.host()
         n = len(batch.rows)
         for name, values in (
-            ("token", batch.tokens), ("row", batch.rows), ("position", batch.positions)
+            ("token", batch.tokens), ("row", batch.rows), ("position", batch.angles)
         ):  # fmt: skip
             host[name][:n] = values
             host[name][n:] = -1 if name == "row" else 0
@@ -267,7 +267,9 @@ def _idle(batch: Batch) -> Batch:
         )
         for rows in batch.groups
     ]
-    return replace(batch, rows=none, tokens=none, positions=none, groups=groups)
+    return replace(
+        batch, rows=none, tokens=none, positions=none, angles=none, groups=groups
+    )
 
 
 class CudaCapture:

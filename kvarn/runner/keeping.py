@@ -148,7 +148,8 @@ class Keeping:
                 mass[:, : before.shape[1]] += before
             seq.mass[layer] = mass
         if watched.target is not None:
-            mass, keep = seq.mass.pop(layer, None), watched.keep
+            mass = seq.mass.pop(layer) if layer in seq.mass else None
+            keep = watched.keep
             if keep.folds:  # what stays is chosen from again: what is new then stays now
                 recent = max(keep.recent, int(keep.budget * seq.part.newest))
                 keep = Keep(keep.budget, recent)
