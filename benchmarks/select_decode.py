@@ -1,11 +1,13 @@
 """Decoding after long prompts: every row sees all, or the pages that it chooses.
 
     python benchmarks/select_decode.py [--model llama-3.1-8b] [--prompt 32768] [--budget 4096]
-                                       [--batches 1,8,16] [--kv-dtype auto] [--json FILE]
+                                       [--batches 1,8,16] [--kv-dtype auto] [--reuse 4]
+                                       [--json FILE]
 
 Random weights: speed only. One engine; the same prompts serve every setting through the prefix
 cache, and settings take turns. The step is timed while all sequences of the batch decode: dense
-steps are replayed from captured graphs, as they always are.
+steps are replayed from captured graphs, as they always are. With `--reuse` above 1 a third setting
+takes its turns: a choice that serves so many rows.
 """
 
 import argparse
@@ -58,26 +60,32 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8,16")
     parser.add_argument("--kv-dtype", default="auto")
     parser.add_argument("--json", default=None)
+    parser.add_argument("--reuse", type=int, default=4)
     given = parser.parse_args()
     batches = [int(part) for part in given.batches.split(",")]
     rule = f"quest:budget={given.budget}"
+    shared = f"{rule},reuse={given.reuse}"
+    rules = ["none", rule, shared] if given.reuse > 1 else ["none", rule]
     llm = LLM(
-        model=given.model, load="random", max_seqs=max(batches), sparsity=rule,
+        model=given.model, load="random", max_seqs=max(batches), sparsity=rules[-1],
         max_len=given.prompt + 8 * ROOM, kv_dtype=given.kv_dtype,
     )  # fmt: skip
     results = []
     for batch in batches:
-        runs: dict[str, list[float]] = {"none": [], rule: []}
-        step_s(llm, "none", batch, given.prompt)  # prompts into the cache, graphs and kernels made
-        step_s(llm, rule, batch, given.prompt)
+        runs: dict[str, list[float]] = {name: [] for name in rules}
+        for name in rules:  # prompts into the cache, graphs and kernels made
+            step_s(llm, name, batch, given.prompt)
         for _ in range(REPEATS):
             for name, found in runs.items():
                 found.append(step_s(llm, name, batch, given.prompt))
-        dense, chosen = (median(found) for found in runs.values())
+        dense, chosen, *reused = (median(found) for found in runs.values())
         row: dict[str, Any] = {
             "batch": batch, "dense_step_s": dense, "step_s": chosen, "ratio": chosen / dense,
-            "runs": runs,
         }  # fmt: skip
+        if reused:
+            row |= {"reuse": given.reuse, "reuse_step_s": reused[0]}
+            row["reuse_ratio"] = reused[0] / dense
+        row["runs"] = runs
         results.append(row)
         print({key: value for key, value in row.items() if key != "runs"}, flush=True)
     said = {"prompt": given.prompt, "budget": given.budget, "kv_dtype": given.kv_dtype}

@@ -93,35 +93,43 @@ def select_decode(result: dict[str, Any]) -> Lines:
     """Decode steps of long prompts, dense and chosen from."""
     said = result["workload"]
     rows = [
-        [row["batch"], 1000 * row["dense_step_s"], 1000 * row["step_s"], row["ratio"]]
+        [
+            row["batch"], 1000 * row["dense_step_s"], 1000 * row["step_s"], row["ratio"],
+            *([1000 * row["reuse_step_s"], row["reuse_ratio"]] if "reuse" in row else []),
+        ]
         for row in result["results"]
-    ]
+    ]  # fmt: skip
+    reuse = result["results"][0].get("reuse")
+    more = [f"with reuse={reuse} [ms]", "ratio so"] if reuse else []
     return [
         f"{result['config']['model']}, random weights, prompts of {said['prompt']} tokens, "
-        f"`quest:budget={said['budget']}`, KV in {said['kv_dtype']}; both are replayed from "
+        f"`quest:budget={said['budget']}`, KV in {said['kv_dtype']}; all are replayed from "
         "captured graphs, in turns.",
         "",
-        *table(["sequences", "dense step [ms]", "step [ms]", "ratio"], rows),
+        *table(["sequences", "dense step [ms]", "step [ms]", "ratio", *more], rows),
     ]
 
 
 def select_pages(result: dict[str, Any]) -> Lines:
-    """One layer's attention: its parts."""
+    """One layer's attention: its parts, and all where a choice serves more rows than one."""
+    shared = "reuse_us" in result["results"][0]
     rows = [
         [
             row["batch"], row["length"], row["budget"], row["dense_us"], row["bounds_us"],
             row["pick_us"] - row["bounds_us"], row["whole_us"] - row["pick_us"], row["whole_us"],
             row["times_faster"], row["ideal"],
+            *([row["reuse_us"], row["times_faster_reuse"], row["ideal_reuse"]] if shared else []),
         ]
         for row in result["results"]
     ]  # fmt: skip
+    more = ["of a choice for four rows", "times faster so", "by bytes so"] if shared else []
     return [
         "Attention of one layer of an 8B model in bf16 [us]: over all pages; the bounds of all, "
         "the pick of the best and attention over these; and the ratio, beside that of the bytes.",
         "",
         *table(
             ["sequences", "positions", "budget", "dense", "bounds", "pick", "attention", "all",
-             "times faster", "by bytes"],
+             "times faster", "by bytes", *more],
             rows,
         ),
     ]  # fmt: skip

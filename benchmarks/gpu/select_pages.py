@@ -5,11 +5,14 @@
 32 query and 8 KV heads of 128, bf16, pages of 16 in random order. The launches of several layers
 are captured in one CUDA graph, so that no layer finds its KV in the L2 cache; times are medians a
 layer. Dense attention is the engine's own paged kernel. The parts are timed cumulatively: the
-bounds, then the bounds and the pick, then all.
+bounds, then the bounds and the pick, then all. The same where a choice serves four rows: a step in
+which a quarter of the rows choose (one of four where there is but one row, averaged), and one in
+which none does.
 """
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,18 +20,18 @@ import torch
 
 from kvarn.bench import record
 from kvarn.kernels.attention import PagedRows
-from kvarn.kernels.attention.selected import SelectedRows
+from kvarn.kernels.attention.selected import Book, SelectedRows, never
 from kvarn.kernels.attention.triton import TritonAttention
 from kvarn.kernels.attention.triton_plan import TritonPlan, attend_all
 from kvarn.kernels.attention.triton_selected import TritonSelectedPlan
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 16
-LAYERS, REPLAYS = 4, 9
+LAYERS, REPLAYS, REUSE = 4, 9, 4
 CASES = [(1, 32768, 2048), (8, 32768, 2048), (8, 32768, 4096), (16, 32768, 4096), (8, 8192, 1024)]
 
 
 def steps(batch: int, length: int, budget: int) -> tuple[PagedRows, SelectedRows]:
-    """One decode row of each of `batch` sequences: seeing all, and choosing."""
+    """One decode row of each of `batch` sequences: seeing all, and choosing anew."""
     count = -(-length // PAGE)
     width = count + 1
     pages = np.random.default_rng(0).permutation(batch * count).astype(np.int32)
@@ -44,9 +47,22 @@ def steps(batch: int, length: int, budget: int) -> tuple[PagedRows, SelectedRows
     at = start // PAGE
     chosen = SelectedRows(
         rows, each, each[:0], at + 1, start % PAGE + 1, np.full(batch, budget // PAGE), table, each,
-        each[:0],
+        each[:0], each >= 0, each, False, budget // PAGE, each[:0],
     )  # fmt: skip
     return rows, chosen
+
+
+def shared(backend: TritonAttention, rows: SelectedRows, books: list[Book], choosing: int) -> Any:
+    """A captured step in which the first `choosing` rows choose and all find lists in place."""
+    n = len(rows.rows)
+    anew = np.arange(n) < choosing
+    rows = replace(rows, anew=anew, remembers=True)
+    plan = backend.selected_graph_plan(n, HEADS, KV_HEADS, DIM, rows)
+    arrays = {name: np.zeros(size, np.int32) for name, size in plan.sizes.items()}
+    plan.fill(rows, arrays)
+    there = {name: torch.from_numpy(array).cuda() for name, array in arrays.items()}
+    plan.bind(there, rows.step.table)
+    return plan
 
 
 def timed(layer: Callable[[int], object]) -> float:
@@ -74,26 +90,35 @@ def case(backend: TritonAttention, batch: int, length: int, budget: int) -> dict
     n_pages = batch * -(-length // PAGE)
     device = torch.device("cuda")
     caches = backend.allocate(LAYERS, n_pages, PAGE, KV_HEADS, DIM, torch.bfloat16, device)
-    sketches = [torch.empty(n_pages, KV_HEADS, 2, DIM, device=device, dtype=torch.bfloat16)
-                for _ in caches]  # fmt: skip
-    for cache, sketch in zip(caches, sketches):
+    books = []
+    for cache in caches:
         cache.normal_()
-        sketch[:, :, 0] = cache[:, :, 0].amin(2)
-        sketch[:, :, 1] = cache[:, :, 0].amax(2)
+        keys = cache[:, :, 0]
+        lists = torch.zeros(batch, KV_HEADS, budget // PAGE, dtype=torch.int32, device=device)
+        books.append(Book(torch.stack((keys.amin(2), keys.amax(2)), 2), lists))
     q = torch.randn(batch, HEADS, DIM, dtype=torch.bfloat16, device=device)
     dense = TritonPlan(rows, False, backend.multiprocessors)
     there = dense.ready(HEADS, KV_HEADS, DIM, q)
     plan = TritonSelectedPlan(chosen, backend.multiprocessors)
-    plan.bring(sketches[0])
+    plan.bring(books[0])
     found = {
         "dense_us": timed(lambda i: attend_all(rows, there, caches[i], q, False)),
-        "bounds_us": timed(lambda i: plan.score(sketches[i], q)),
-        "pick_us": timed(lambda i: (plan.score(sketches[i], q), plan.pick())),
-        "whole_us": timed(lambda i: plan.attend(caches[i], sketches[i], q)),
+        "bounds_us": timed(lambda i: plan.score(books[i].sketch, q)),
+        "pick_us": timed(lambda i: (plan.score(books[i].sketch, q), plan.pick(plan.pages))),
+        "whole_us": timed(lambda i: plan.attend(caches[i], books[i], q, never)),
     }
+    every, some, nobody = (
+        shared(backend, chosen, books, count) for count in (batch, -(-batch // REUSE), 0)
+    )
+    for name, step in (("every_us", every), ("some_us", some), ("nobody_us", nobody)):
+        found[name] = timed(lambda i, step=step: step.attend(caches[i], books[i], q, never))
+    alone = (found["every_us"] + (REUSE - 1) * found["nobody_us"]) / REUSE
+    found["reuse_us"] = found["some_us"] if batch >= REUSE else alone
     found["times_faster"] = found["dense_us"] / found["whole_us"]
-    ideal = 1 / (1 / PAGE + budget / length)
-    return {"batch": batch, "length": length, "budget": budget, "ideal": ideal} | found
+    found["times_faster_reuse"] = found["dense_us"] / found["reuse_us"]
+    ideal, reused = (1 / (1 / PAGE / rows_ + budget / length) for rows_ in (1, REUSE))
+    said = {"batch": batch, "length": length, "budget": budget, "reuse": REUSE}
+    return said | {"ideal": ideal, "ideal_reuse": reused} | found
 
 
 def main() -> None:

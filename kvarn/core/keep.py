@@ -65,19 +65,30 @@ class Select:
     pages: int  #: chosen for every row, layer and KV head
     page_size: int
     dense: float = 0.0  #: share of the layers that see all
+    reuse: int = 1  #: rows of a page that share a choice
 
     def since(self, prompt_len: int) -> int:
         """The first position that chooses: generated, and with more before it than it may see."""
         return max(prompt_len, self.pages * self.page_size)
 
+    def anchor(self, prompt_len: int, position: int) -> int:
+        """The position, this one or before it, whose choice the one at `position` sees.
+
+        Counted in the page: the first position of a page always chooses anew, and what is known of
+        a sequence by its pages (a prefix hit, say) never ends between a choice and its use.
+        """
+        offset = position % self.page_size
+        return min(position, max(self.since(prompt_len), position - offset % self.reuse))
+
     def seen(self, prompt_len: int, start: int) -> int:
         """Positions that are read for the one at `start`, whatever they are read for.
 
-        What a page is chosen by, two vectors, is as large as the K and V of one position.
+        What a page is chosen by, two vectors, is as large as the K and V of one position; rows
+        that share a choice share it evenly.
         """
         if start < self.since(prompt_len):
             return start
-        chosen = min(start, self.pages * self.page_size + start // self.page_size)
+        chosen = min(start, self.pages * self.page_size + start // self.page_size // self.reuse)
         return round(self.dense * start + (1 - self.dense) * chosen)
 
 

@@ -31,7 +31,8 @@ from kvarn.runner.sampler import Sampler
 from kvarn.runner.warm import decode_step, every_kernel
 from kvarn.schedule.build import build_control
 from kvarn.schedule.control import Capacity, ControlPlane
-from kvarn.sparse.rules import Rules, split
+from kvarn.sparse.part import Selector
+from kvarn.sparse.rules import Rules, parse, split
 from kvarn.speculate.build import NEED_DRAFTER, NEED_TREES, build_speculation, suffix_trees
 from kvarn.speculate.speculation import Speculation
 
@@ -98,7 +99,7 @@ class Assembly:
             replayed = config.graphs == "on"
             how = "replayed from captured graphs" if replayed else "launched kernel by kernel"
             steps = {"what": "decode steps", "how": how, "why": f"graphs={config.graphs}"}
-            return [steps, *self._verifying(config), *drafts]
+            return [steps, *self._verifying(config), *self._selection(replayed), *drafts]
         apart = any(group.heads for group in self.rules.groups)
         obstacle = decoder.obstacle or ("KV heads lie in several table groups" if apart else None)
         return [
@@ -129,6 +130,19 @@ class Assembly:
                 f"at (rules, logprobs, drawn drafts, training) only {MOST_LOGITS} rows are"
             )
         return [{"what": "verify steps", "how": how, "why": why}]
+
+    def _selection(self, replayed: bool) -> list[dict[str, str]]:
+        """How steps on a GPU run whose rows choose pages."""
+        part = parse(self.rules.default)
+        if not isinstance(part, Selector):
+            return []
+        how, why = "launched kernel by kernel, all rows together", f"{part.name} scores in torch"
+        if part.bounds and replayed:
+            how = "replayed where all rows choose, by the bounds and from the same layer on"
+            why = "a step of rows that see all, or of drafts and chunks, beside them is launched"
+        elif part.bounds:
+            why = "graphs=off"
+        return [{"what": "steps whose rows choose pages", "how": how, "why": why}]
 
 
 def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
@@ -163,7 +177,7 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
         groups,
         config.page_size,
         config.sparsity,
-        config.speculate != "none",
+        config.draft_tokens if config.speculate != "none" else 0,
         config.deterministic,
     )
     if config.draft_shape == "tree":

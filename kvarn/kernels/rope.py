@@ -64,8 +64,10 @@ class Rope:
 
 
 def turned(x: Tensor, table: Rope, by: Tensor) -> Tensor:
-    """Rotated x [n, s, H, d] rotated further by `by` [n] positions (int64), in x's dtype."""
-    cos, sin = (part.index_select(0, by)[:, None, None] for part in (table.cos, table.sin))
+    """Rotated x [n, s, H, d] rotated further by `by` [n] positions (int64, of either sign), in x's
+    dtype."""
+    cos, sin = (part.index_select(0, by.abs())[:, None, None] for part in (table.cos, table.sin))
+    sin = sin * by.sign()[:, None, None, None]
     wide = x.float()
     half = x.shape[-1] // 2
     return (wide * cos + wide.roll(half, -1) * sin).to(x.dtype)

@@ -30,6 +30,7 @@ class Batch:
     row_of: Ints  #: [T] image row of each flattened row
     tokens: Ints  #: [T]; `ON_DEVICE` for the last token that a step in flight has sampled
     positions: Ints  #: [T]; of a tree's rows, by depth: they are stored one after the other
+    angles: Ints  #: [T] positions that queries and keys are rotated by
     groups: list[PagedRows]
     logits_at: Ints  #: flattened rows whose logits choose a token, in the order of the spans
     logits_spans: Ints  #: the spans they belong to, as indices of `rows`
@@ -100,6 +101,7 @@ def build(
         row_of=row_of,
         tokens=tokens,
         positions=positions,
+        angles=image.angles(row_of, positions),
         groups=[layout.group(index, group) for index, group in enumerate(groups)],
         logits_at=logits_at,
         logits_spans=logits_spans,

@@ -323,18 +323,17 @@ class Runner:
             some = selecting.plans()
             by_layer = [new or plain for new, plain in zip(some, by_layer, strict=True)]
         eager = forest is not None or bool(watched)
-        eager = eager or (selecting is not None and not selecting.fused)
         return PagedAttend(by_layer, self.pool.cache, self.state is not None and not eager)
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Tokens and positions [T] on the device."""
+        """Tokens and the positions that they are rotated by [T] on the device."""
         device = self.decoder.device
         if self.state is None:
-            tokens, positions = upload([batch.tokens, batch.positions], torch.int64, device)
+            tokens, positions = upload([batch.tokens, batch.angles], torch.int64, device)
             return tokens, positions
         from kvarn.kernels.triton.feed import feed
 
-        arrays = [batch.tokens, batch.row_of, batch.positions]
+        arrays = [batch.tokens, batch.row_of, batch.angles]
         said, rows, positions = upload(arrays, torch.int32, device)
         return feed(said, rows, self.state.last), positions
 

@@ -82,6 +82,7 @@ class RunnerFactory:
         try:
             runner = self.runner(pages, longest)
             peak = peak_bytes(runner, config.budget, config.max_seqs, config.page_size, longest)
+            peak += runner.selecting.remembered
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"a step of budget={config.budget} positions and max_seqs={config.max_seqs} "

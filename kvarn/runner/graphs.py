@@ -192,7 +192,7 @@ class Graphs:
         spec, backend = self.decoder.spec, self._selects
         shape = (spec.n_heads, spec.n_kv_heads, spec.head_dim)
         keys = [backend.selected_key(rows, *shape) for rows in choice.rows.values()]
-        return (choice.dense, choice.most, *keys)
+        return (choice.dense, *keys)
 
     @property
     def _selects(self) -> SelectBackend:
@@ -210,7 +210,7 @@ class Graphs:
         tables = [kind.group for kind in self.layers.kinds]
         if choice is not None:
             for group, rows in choice.rows.items():
-                plans.append(self._selects.selected_graph_plan(*shape, rows, choice.most))
+                plans.append(self._selects.selected_graph_plan(*shape, rows))
                 tables.append(group)
         sizes = {name: count * size for name, count in PER_ROW.items()}
         for index in range(len(self.groups)):
@@ -240,7 +240,7 @@ class Graphs:
         host = graph.inputs.host()
         n = len(batch.tokens)
         for name, values in (
-            ("token", batch.tokens), ("row", batch.row_of), ("position", batch.positions)
+            ("token", batch.tokens), ("row", batch.row_of), ("position", batch.angles)
         ):  # fmt: skip
             host[name][:n] = values
             host[name][n:] = -1 if name == "row" else 0
@@ -288,7 +288,7 @@ def _choosing(plans: list[Any], graph: Graph, choice: Choice, group_of: Mapping[
     chosen = dict(zip(choice.rows, graph.plans[-len(choice.rows) :]))
     for layer in range(choice.dense, len(plans)):
         if group_of[layer] in chosen:
-            plans[layer] = LayerPlan(chosen[group_of[layer]], choice.sketches[layer], never)
+            plans[layer] = LayerPlan(chosen[group_of[layer]], choice.books[layer], never)
 
 
 def _idle(batch: Batch) -> Batch:
@@ -306,7 +306,9 @@ def _idle(batch: Batch) -> Batch:
         )
         for rows in batch.groups
     ]
-    return replace(batch, rows=none, row_of=none, tokens=none, positions=none, groups=groups)
+    return replace(
+        batch, rows=none, row_of=none, tokens=none, positions=none, angles=none, groups=groups
+    )
 
 
 class CudaCapture:

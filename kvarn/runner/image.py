@@ -38,6 +38,7 @@ class Image:
         self.rings[:] = DENSE
         self.folds = np.zeros((n_groups, n_rows), np.bool_)  #: rings that are never seen whole
         self.kept: set[int] = set()  #: rows with rings
+        self.turns: set[int] = set()  #: of these, those whose positions count in the cache
         self.requests: dict[int, Request] = {}  #: by row
         #: what was written into the tables, as (group, row, first column, pages); the device's
         #: copy takes and clears it
@@ -73,6 +74,8 @@ class Image:
             since = keep.since(start.prompt_len)
             self.rings[group, row] = (since, keep.budget - keep.recent, keep.recent)
             self.folds[group, row] = keep.folds
+            if keep.turns:
+                self.turns.add(row)
         return row
 
     def stop(self, seq: SeqId) -> int | None:
@@ -84,6 +87,7 @@ class Image:
             del self.requests[row]
             if row in self.kept:
                 self.kept.remove(row)
+                self.turns.discard(row)
                 self.rings[:, row] = DENSE
         return row
 
@@ -104,6 +108,14 @@ class Image:
         slots = np.where(ring, first + (positions - since) % length, positions)
         whole = ring & ~self.folds[group, rows]
         return slots, np.where(whole, first + length - 1, slots)
+
+    def angles(self, rows: Ints, positions: Ints) -> Ints:
+        """The positions that rows are rotated by: their slots, where they count in the cache."""
+        if not self.turns:
+            return positions
+        slots, _ = self.places(0, rows, positions)
+        mine = np.array([row in self.turns for row in rows.tolist()], np.bool_)
+        return np.where(mine, slots, positions)
 
     def draft(self, seq: SeqId, tokens: list[int]) -> None:
         """Put proposed tokens behind the known ones, for one step; `commit` says what stays."""

@@ -30,7 +30,7 @@ class Kept:
     part: OneShot
     keep: tuple[Keep, ...]
     prompt_len: int
-    #: by group and layer, until the prompt is whole
+    #: by group and layer, until the prompt is whole, or of what is held by slot: [Hkv, slots]
     mass: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     #: positions that stayed, ascending, by group and layer: [Hkv, budget]; what came later is in
     #: the ring
@@ -45,8 +45,8 @@ class Watched:
     group: int
     first: int  #: flattened rows first .. last
     last: int
-    start: int  #: position of the first
-    slots: Tensor  #: [positions so far] where their KV is
+    start: int  #: of the positions that are there, which the first is
+    slots: Tensor  #: [positions that are there] where their KV is
     target: Tensor | None  #: [budget] where what stays goes; None: the prompt is not whole yet
     keep: Keep
 
@@ -80,28 +80,31 @@ class Keeping:
         for at, index in enumerate(batch.spans.tolist()):
             span = plan.spans[index]
             seq = self.seqs.get(span.seq)
-            if seq is None or span.start >= seq.prompt_len:
+            if seq is None or (span.start >= seq.prompt_len and not seq.part.sums):
                 continue
             end = span.start + span.length
             for group, keep in enumerate(seq.keep):
                 begin = max(span.start, seq.prompt_len - keep.watch)
                 move = moves.get((span.seq, group))
-                if not keep.compacts(seq.prompt_len) or (move is None and begin >= end):
+                some = keep.compacts(seq.prompt_len) or seq.part.sums
+                if not some or (move is None and begin >= end):
                     continue
+                there = keep.seen(seq.prompt_len, end - 1) + 1
                 first = int(batch.indptr[at]) + begin - span.start
                 row = int(batch.rows[at])
-                slots, target = self._where(group, row, end, move, device)
+                slots, target = self._where(group, row, there, move, device)
                 last = int(batch.indptr[at + 1])
-                groups[group].append(Watched(seq, group, first, last, begin, slots, target, keep))
+                start = there - (end - begin)
+                groups[group].append(Watched(seq, group, first, last, start, slots, target, keep))
         return groups if any(groups) else []
 
     def _where(
-        self, group: int, row: int, end: int, move: Compaction | None, device: torch.device
+        self, group: int, row: int, there: int, move: Compaction | None, device: torch.device
     ) -> tuple[Tensor, Tensor | None]:
-        """Slots of the positions up to `end`, and of what stays."""
+        """The first `there` slots, and those of what stays."""
         size = self.image.page_size
-        pages = self.image.tables[group][row, : -(-end // size)]
-        arrays: list[Ints] = [_slots(pages, size, end)]
+        pages = self.image.tables[group][row, : -(-there // size)]
+        arrays: list[Ints] = [_slots(pages, size, there)]
         if move is not None:
             arrays.append(_slots(move.pages, size, move.kept))
         slots, *target = upload(arrays, torch.int64, device)
@@ -123,13 +126,16 @@ class Keeping:
                 found = _slots(pages, self.image.page_size, keep.budget)
                 slots = upload([found], torch.int64, device)[0]
                 for layer, cache in pool.by_group[group].items():
-                    self._fold(seq, keep, layer, cache, slots)
+                    self._fold(seq, keep, (group, layer), cache, slots)
 
-    def _fold(self, seq: Kept, keep: Keep, layer: int, cache: Any, slots: Tensor) -> None:
+    def _fold(self, seq: Kept, keep: Keep, at: tuple[int, int], cache: Any, slots: Tensor) -> None:
         """Slots are in the order of their positions: the last of them are the newest."""
         held = keep.budget - keep.recent
-        scores = seq.part.score(Prompt(self.backend.keys(cache, slots), None, layer))
-        stays = chosen(scores, Keep(held, held // 4), seq.part.sinks)
+        mass = seq.mass.get(at)
+        scores = seq.part.score(Prompt(self.backend.keys(cache, slots), mass, at[1]))
+        stays = chosen(scores, Keep(held, int(held * seq.part.newest)), seq.part.sinks)
+        if mass is not None:
+            seq.mass[at] = mass.gather(1, stays)
         k, v = self.backend.read(cache, slots[stays.T])
         self.backend.write(cache, slots[:held], k, v)
 
@@ -138,15 +144,21 @@ class Keeping:
         seq, at = watched.seq, (watched.group, layer)
         k = self.backend.keys(cache, watched.slots)
         if watched.last > watched.first:
-            mass = seq.part.observe(q[watched.first : watched.last], k, watched.start)
+            new = seq.part.observe(q[watched.first : watched.last], k, watched.start)
             if at in seq.mass:
                 before = seq.mass[at]
-                mass[:, : before.shape[1]] += before
-            seq.mass[at] = mass
+                new[:, : before.shape[1]] += before
+            seq.mass[at] = new
         if watched.target is not None:
-            prompt = Prompt(k, seq.mass.pop(at, None), layer)
-            stays = chosen(seq.part.score(prompt), watched.keep, seq.part.sinks)
+            mass = seq.mass.pop(at, None)
+            keep = watched.keep
+            if keep.folds:  # what stays is chosen from again: what is new then stays now
+                recent = max(keep.recent, int(keep.budget * seq.part.newest))
+                keep = Keep(keep.budget, recent)
+            stays = chosen(seq.part.score(Prompt(k, mass, layer)), keep, seq.part.sinks)
             seq.positions[at] = stays
+            if mass is not None and seq.part.sums:
+                seq.mass[at] = mass.gather(1, stays)
             k, v = self.backend.read(cache, watched.slots[stays.T])
             self.backend.write(cache, watched.target, k, v)
 

@@ -92,7 +92,7 @@ class Pieces:
         steps = self.found.get(size)
         if steps is None:
             steps = self.found[size] = self._record(size)
-        said = np.stack((batch.tokens, batch.row_of, batch.positions))
+        said = np.stack((batch.tokens, batch.row_of, batch.angles))
         steps.inputs[:, :n] = upload([said], torch.int32, self.decoder.device)[0]
         recorder = steps.recorder
         for graph, (layer, rotary) in zip(recorder.graphs, recorder.holes):

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvarn.core.keep import ENDLESS
 from kvarn.core.plan import SeqStart
 from kvarn.kernels.attention import AttentionBackend, Ints
-from kvarn.kernels.attention.selected import GatheringPlan, LayerPlan, SelectedRows
+from kvarn.kernels.attention.selected import Book, GatheringPlan, LayerPlan, SelectedRows
+from kvarn.kernels.upload import upload
 from kvarn.runner.batch import Batch
 from kvarn.runner.image import Image
 from kvarn.runner.pool import KVPool
@@ -28,15 +30,15 @@ from kvarn.sparse.rules import Rules
 
 @dataclass(slots=True)
 class Choice:
-    """A step of single rows that all choose by the bounds, in the same layers: it can be replayed.
+    """A step of single rows that all choose by the bounds, or have, in the same layers: it can be
+    replayed.
 
     A row that has no more pages than it may see chooses all of them.
     """
 
     rows: dict[int, SelectedRows]  #: by group
     dense: int  #: first layers that see all
-    most: int  #: pages that a row chooses at most
-    sketches: dict[int, Tensor]  #: by layer
+    books: dict[int, Book]  #: by layer
 
     def idle(self) -> "Choice":
         """The same step without rows."""
@@ -57,16 +59,31 @@ class Selecting:
         self.since = np.full(n_rows, ENDLESS, np.int64)  #: first position that chooses
         self.keep = np.zeros(n_rows, np.int64)  #: pages that each row sees
         self.dense = np.zeros(n_rows, np.int64)  #: first layers that see all
+        self.reuse = np.ones(n_rows, np.int64)  #: rows of a page that share a choice
+        self.odd = np.zeros(
+            n_rows, np.bool_
+        )  #: whether it chooses by something else than the bounds
         self.sketched = np.zeros(n_rows, np.int64)  #: leading pages that have bounds
-        #: bounds of every page, by layer: [pages, Hkv, 2, d]
-        self.sketches: dict[int, Tensor] = {}
+        own = rules.lists
+        self.most = 0 if own is None else own.budget // image.page_size  #: of a remembered list
+        self.depth = 1 if own is None else choices(rules.drafts, own.reuse, image.page_size)
+        self.books: dict[int, Book] = {}  #: by layer
         for group, count in zip(pool.groups, pool.pages):
-            if group.sketched:
+            for layer in group.layers if group.sketched else ():
                 shape = (count, group.n_kv_heads, 2, group.head_dim)
-                for layer in group.layers:
-                    self.sketches[layer] = torch.zeros(shape, dtype=pool.dtype, device=device)
+                sketch = torch.zeros(shape, dtype=pool.dtype, device=device)
+                memory = None
+                if own is not None:
+                    lists = (n_rows * self.depth, group.n_kv_heads, self.most)
+                    memory = torch.zeros(lists, dtype=torch.int32, device=device)
+                self.books[layer] = Book(sketch, memory)
         self.groups = [g if group.sketched else None for g, group in enumerate(pool.groups)]
         self.group_of = {layer: g for g, group in enumerate(pool.groups) for layer in group.layers}
+
+    @property
+    def remembered(self) -> int:
+        """Memory of choices that serve later rows. [bytes]"""
+        return sum(book.memory.nbytes for book in self.books.values() if book.memory is not None)
 
     def start(self, row: int, start: SeqStart) -> None:
         """The sequence in `row`, if it chooses."""
@@ -75,8 +92,8 @@ class Selecting:
             return
         self.parts[row] = part
         self.since[row] = rule.since(start.prompt_len)
-        self.keep[row], self.dense[row] = rule.pages, part.dense
-        self.sketched[row] = 0
+        self.keep[row], self.dense[row], self.reuse[row] = rule.pages, part.dense, rule.reuse
+        self.odd[row], self.sketched[row] = not part.bounds, 0
 
     def stop(self, row: int) -> None:
         """The sequence in `row` leaves."""
@@ -116,11 +133,28 @@ class Selecting:
         size = self.image.page_size
         others = np.ones(len(batch.positions), np.bool_)
         others[rows] = False
-        pages = at // size + 1
+        pages, inside = at // size + 1, at % size
+        keep = np.minimum(self.keep[owners], pages)
+        anew, places = np.ones(len(rows), np.bool_), np.arange(len(rows))
+        if self.most:
+            anew, places = self._shared(owners, at)
         return SelectedRows(
-            batch.groups[group], rows, np.flatnonzero(others), pages, at % size + 1,
-            np.minimum(self.keep[owners], pages), self.image.tables[group], owners, whole,
+            batch.groups[group], rows, np.flatnonzero(others), pages, inside + 1, keep,
+            self.image.tables[group], owners, whole, anew, places, bool(self.most),
+            self.most or int(keep.max(initial=0)), np.flatnonzero(self.odd[owners]),
         )  # fmt: skip
+
+    def _shared(self, owners: Ints, at: Ints) -> tuple[NDArray[np.bool_], Ints]:
+        """Which rows choose anew (see `Select.anchor`), and where the lists of all of them are.
+
+        The last `depth` choices of a sequence have places of their own: what a rejected draft has
+        chosen is in no other one's.
+        """
+        size, reuse = self.image.page_size, self.reuse[owners]
+        inside = at % size
+        anew = at <= np.maximum(self.since[owners], at - inside % reuse)
+        nth = at // size * -(-size // reuse) + inside // reuse
+        return anew, owners * self.depth + nth % self.depth
 
 
 @dataclass(slots=True)
@@ -130,9 +164,8 @@ class SelectingStep:
     selecting: Selecting
     batch: Batch
     whole: list[Ints]  #: pages without bounds that are whole after this step, by group
-    fused: bool = True  #: whether all plans that `plans` has made take the projection as it is
     #: by group and number of choosing rows: these only become more from one layer to the next
-    made: dict[tuple[int, int], tuple[Any, list[Selector]]] = field(default_factory=dict)
+    made: dict[tuple[int, int], tuple[Any, "Choosing"]] = field(default_factory=dict)
 
     def choice(self) -> Choice | None:
         """The step as one that can be replayed, if it is one."""
@@ -146,9 +179,9 @@ class SelectingStep:
         groups = [group for group in this.groups if group is not None]
         if any(len(self.whole[group]) > len(parts) for group in groups):
             return None  # somebody has just begun
-        every, most = np.arange(len(parts)), int(this.keep[batch.rows].max())
+        every = np.arange(len(parts))
         rows = {group: this.rows(batch, group, every, self.whole[group]) for group in groups}
-        return Choice(rows, dense, most, this.sketches)
+        return Choice(rows, dense, this.books)
 
     def plans(self) -> list[LayerPlan | None]:
         """The plans of the layers; None where one sees all."""
@@ -162,29 +195,48 @@ class SelectingStep:
                 plans.append(None)
                 continue
             rows = chooses[this.dense[batch.row_of[chooses]] <= layer]
-            plan, parts = self._plan(group, rows)
-            choose = partial(_choose, layer, parts, batch.positions[rows])
-            plans.append(LayerPlan(plan, this.sketches[layer], choose))
+            plan, choosing = self._plan(group, rows)
+            plans.append(LayerPlan(plan, this.books[layer], partial(choosing.scores, layer)))
         return plans
 
-    def _plan(self, group: int, rows: Ints) -> tuple[Any, list[Selector]]:
-        """A plan in which the flattened `rows` choose, and whose parts they follow."""
+    def _plan(self, group: int, rows: Ints) -> tuple[Any, "Choosing"]:
+        """A plan in which the flattened `rows` choose, and how they do."""
         key = (group, len(rows))
         if key not in self.made:
             this = self.selecting
             parts = [this.parts[row] for row in self.batch.row_of[rows].tolist()]
             chosen = this.rows(self.batch, group, rows, self.whole[group])
-            if this.state is not None and all(part.bounds for part in parts):
+            positions = upload([self.batch.positions[rows]], torch.int64, this.device)[0]
+            plan: Any = None
+            if this.state is not None:
                 backend: Any = this.backend
-                self.made[key] = backend.selected(chosen), parts
+                plan = backend.selected(chosen)
             else:
-                self.fused = False
-                self.made[key] = GatheringPlan(this.backend, chosen, this.device), parts
+                plan = GatheringPlan(this.backend, chosen, this.device)
+            self.made[key] = plan, Choosing(parts, positions)
         return self.made[key]
 
 
-def _choose(
-    layer: int, parts: list[Selector], positions: Ints, i: int, q: Tensor, low: Tensor, high: Tensor
-) -> Tensor:
-    """Scores [Hkv, P] of the pages of row `i`."""
-    return parts[i].select(Pages(q, low, high, layer, int(positions[i])))
+@dataclass(slots=True)
+class Choosing:
+    """The parts that R rows choose by."""
+
+    parts: list[Selector]
+    positions: Tensor  #: [R]
+
+    def scores(self, layer: int, which: Ints, q: Tensor, sketch: Tensor, table: Tensor) -> Tensor:
+        """See `Choose`: rows of one part all together."""
+        mine = [self.parts[i] for i in which.tolist()]
+        found = q.new_empty((len(which), sketch.shape[1], table.shape[1]), dtype=torch.float32)
+        for part in dict.fromkeys(mine):
+            some = np.flatnonzero([one == part for one in mine])
+            at, those = upload([some, which[some]], torch.int64, q.device)
+            pages = Pages(q[at], sketch, table[at], layer, self.positions[those])
+            found[at] = part.select(pages)
+        return found
+
+
+def choices(drafts: int, reuse: int, page_size: int) -> int:
+    """Choices that `drafts` + 1 positions in a row can see, at most."""
+    pages = -(-drafts // page_size) if page_size % reuse else 0
+    return 1 + -(-drafts // reuse) + pages

@@ -1,11 +1,14 @@
-"""Sinks at their place in the cache: keys turned before each step (arXiv 2309.17453, section 3.2).
+"""Positions inside the cache: keys turned before a step (arXiv 2309.17453, section 3.2).
 
 StreamingLLM counts positions inside the cache, so that no distance exceeds what the model was
-trained for. Rotations only know distances, and dropping the middle changes those to the sinks
-alone: these few keys move along with the query, everything else stays as it is stored.
+trained for. Rotations only know distances, and a row of the ring is rotated by its slot. So what the
+ring holds when a round of it begins moves back by one round, once; and the sinks move along with
+every query, whose slot runs through the ring while its place among what is held is the last. No
+angle is ever of a position beyond the cache, however long the stream.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,25 +67,47 @@ class Turning:
         ring = positions >= since
         if not ring.any():
             return
-        rows, ahead = rows[ring], (positions - (first + length - 1))[ring]
-        table, size = self.image.tables[index], self.image.page_size
-        at = np.arange(count)
-        slots = table[rows[:, None], at // size].astype(np.int64) * size + at % size
+        rows, nth, first, length = (x[ring] for x in (rows, positions - since, first, length))
+        behind = nth % length - (length - 1)  # of the query's slot, to the last one
         new = np.array([row in self._fresh for row in rows.tolist()])
+        where = self._slots(index, rows, 0, count)
         device = self.ropes[0].cos.device
-        where, which, shift, fresh = upload(
-            [slots, rows, ahead, np.flatnonzero(new)], torch.int64, device
+        slots, which, shift, fresh = upload(
+            [where, rows, behind, np.flatnonzero(new)], torch.int64, device
         )
+        again = np.flatnonzero(nth % length == 0)  # a round of the ring begins
+        rounds = list[tuple[Tensor, Tensor]]()
+        for at in again.tolist():
+            by = first[at] - since[ring][at] if nth[at] == 0 else -length[at]
+            held = self._slots(index, rows[at : at + 1], int(first[at]), int(length[at]))
+            round_slots, back = upload([held, np.array([by])], torch.int64, device)
+            rounds.append((round_slots, back))
         for layer in group.layers:
-            cache, heads = self.pool.by_group[index][layer], len(group.heads_of(layer))
+            cache, rope = self.pool.by_group[index][layer], self.ropes[layer]
+            heads = len(group.heads_of(layer))
             keys, values = self._of(index, layer, count, heads, group.head_dim)
             if len(fresh):
-                found = where[fresh].flatten().unsqueeze(1).expand(-1, heads)
-                k, v = self.backend.read(cache, found)
-                keys[which[fresh]] = k.view(len(fresh), count, *k.shape[1:])
-                values[which[fresh]] = v.view(len(fresh), count, *v.shape[1:])
-            k = turned(keys[which], self.ropes[layer], shift)
-            self.backend.write(cache, where.flatten(), k.flatten(0, 1), values[which].flatten(0, 1))
+                k, v = self._read(cache, slots[fresh], heads)
+                keys[which[fresh]], values[which[fresh]] = k, v
+            k = turned(keys[which], rope, shift)
+            self.backend.write(cache, slots.flatten(), k.flatten(0, 1), values[which].flatten(0, 1))
+            for round_slots, back in rounds:
+                k, v = self._read(cache, round_slots, heads)
+                k = turned(k, rope, back)
+                self.backend.write(cache, round_slots.flatten(), k.flatten(0, 1), v.flatten(0, 1))
+
+    def _slots(self, index: int, rows: Ints, first: int, count: int) -> Ints:
+        """[n, count] the slots `first` on of each of `rows`."""
+        table, size = self.image.tables[index], self.image.page_size
+        at = np.arange(first, first + count)
+        found: Ints = table[rows[:, None], at // size].astype(np.int64) * size + at % size
+        return found
+
+    def _read(self, cache: Any, slots: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+        """K and V [n, count, heads, d] of slots [n, count]."""
+        found = slots.flatten().unsqueeze(1).expand(-1, heads)
+        k, v = self.backend.read(cache, found)
+        return k.view(*slots.shape, *k.shape[1:]), v.view(*slots.shape, *v.shape[1:])
 
     def _of(
         self, index: int, layer: int, count: int, heads: int, dim: int

@@ -82,6 +82,12 @@ class OneShot(Sparsity):
     recent: int = 0  #: and the last; 0: a quarter of the budget
 
     watch: ClassVar[int] = 0  #: last rows of the prompt whose attention is summed up
+    newest: ClassVar[float] = 0.0  #: share of what stays, at least, where it chooses again
+
+    @property
+    def sums(self) -> bool:
+        """Whether the sums of what is held go on with the rows that are generated."""
+        return False
 
     @property
     def turns(self) -> bool:
@@ -112,13 +118,26 @@ class OneShot(Sparsity):
 
 @dataclass(slots=True)
 class Pages:
-    """What one row may choose from, in one layer: P whole pages by the bounds of their keys."""
+    """What R rows may choose from, in one layer: whole pages by the bounds of their keys.
 
-    q: "Tensor"  #: [Hkv, Hq / Hkv, d]
-    low: "Tensor"  #: [P, Hkv, d] the least of each number among a page's keys
-    high: "Tensor"  #: and the largest
+    A row that has fewer than P of them has any others behind its own.
+    """
+
+    q: "Tensor"  #: [R, Hkv, Hq / Hkv, d]
+    sketch: "Tensor"  #: [pages, Hkv, 2, d] the bounds of all pages that there are
+    table: "Tensor"  #: [R, P] of these, the pages of each row
     layer: int
-    position: int  #: of the row
+    positions: "Tensor"  #: [R] of the rows
+
+    @property
+    def low(self) -> "Tensor":
+        """[R, P, Hkv, d] the least of each number among a page's keys."""
+        return self.sketch[self.table][:, :, :, 0]
+
+    @property
+    def high(self) -> "Tensor":
+        """[R, P, Hkv, d] the largest."""
+        return self.sketch[self.table][:, :, :, 1]
 
 
 @dataclass(slots=True, frozen=True)
@@ -126,11 +145,13 @@ class Selector(Sparsity):
     """Everything stays; what is generated sees the pages that matter to each row.
 
     The page being written and the first are always among them. A row of a prompt, and one that has
-    no more pages before it than it may see, sees all.
+    no more pages before it than it may see, sees all. With `reuse` a choice serves the rows after
+    it as well (the reusable selector of LServe, arXiv 2502.14866: neighbours choose much the same).
     """
 
     budget: int = 2048  #: positions seen of every head, in whole pages [tokens]
     dense: int = 2  #: first layers, whose rows see all: their attention is spread widely
+    reuse: int = 1  #: rows that see what the first of them chose, counted in each page; 1: none
 
     #: whether `select` is the upper bound of the keys' products with a query of the KV head, the
     #: largest of its queries: which a GPU's kernel computes for all rows together
@@ -142,7 +163,8 @@ class Selector(Sparsity):
 
     def rule(self, page_size: int, n_layers: int) -> Select:
         """See `Sparsity`."""
-        return Select(self.budget // page_size, page_size, min(1.0, self.dense / n_layers))
+        dense = min(1.0, self.dense / n_layers)
+        return Select(self.budget // page_size, page_size, dense, self.reuse)
 
     def check(self, page_size: int, groups: int) -> None:
         """See `Sparsity`."""
@@ -158,9 +180,14 @@ class Selector(Sparsity):
             )
         if self.dense < 0:
             raise ConfigError(f"sparsity {self.name!r}: dense={self.dense} must be 0 or more")
+        if not 1 <= self.reuse <= page_size:
+            raise ConfigError(
+                f"sparsity {self.name!r}: reuse={self.reuse} must be from 1, every row chooses, to "
+                f"page_size={page_size}: the first row of a page always does"
+            )
 
     def select(self, pages: Pages) -> "Tensor":
-        """How much each page matters to the row: [Hkv, P] fp32."""
+        """How much each page matters to each row: [R, Hkv, P] fp32."""
         raise NotImplementedError
 
 

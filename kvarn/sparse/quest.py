@@ -7,7 +7,8 @@ lost for a later one, and no memory is saved: the bounds are as large as one pos
 
 With grouped queries a KV head has one list, by the largest bound of its query heads (our choice:
 the paper has a KV head for every query head). The first page and the page being written are always
-read (our choice too). A step reads 1 / page_size + budget / length of what dense attention reads.
+read (our choice too). A step reads 1 / page_size + budget / length of what dense attention reads;
+with `reuse`, the first of these in one of so many steps.
 
 Regime: decoding after long prompts in large batches, where KV is most of what a step reads; small
 batches are bound by the weights.
@@ -35,5 +36,5 @@ class Quest(Selector):
         """The bound: a positive number of q meets the largest of the keys, a negative the least."""
         q = pages.q.float()
         low, high = pages.low.float(), pages.high.float()
-        up = q.clamp(min=0) @ high.permute(1, 2, 0)
-        return (up + q.clamp(max=0) @ low.permute(1, 2, 0)).amax(1)
+        up = q.clamp(min=0) @ high.permute(0, 2, 3, 1)
+        return (up + q.clamp(max=0) @ low.permute(0, 2, 3, 1)).amax(2)

@@ -20,8 +20,8 @@ class RandomPages(Selector):
 
     def select(self, pages: Pages) -> "Tensor":
         """Reproducible lots, as those of `kvarn.sparse.random`."""
-        count, heads, _ = pages.low.shape
-        ones = pages.low.new_ones(heads, count).double()
-        x = ones.cumsum(1) * 12.9898 + ones.cumsum(0) * 78.233 + (pages.layer + 1) * 37.719
-        x = x + self.seed * 4.1414 + pages.position * 0.7713
+        (rows, count), heads = pages.table.shape, pages.sketch.shape[1]
+        ones = pages.sketch.new_ones(rows, heads, count).double()
+        x = ones.cumsum(2) * 12.9898 + ones.cumsum(1) * 78.233 + (pages.layer + 1) * 37.719
+        x = x + self.seed * 4.1414 + pages.positions.double()[:, None, None] * 0.7713
         return (x.sin() * 43758.5453).remainder(1.0).float()

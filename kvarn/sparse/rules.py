@@ -14,7 +14,7 @@ from kvarn.core.keep import Filter, Keep, Select
 from kvarn.core.model import GroupSpec, shares_of
 from kvarn.core.part import find
 from kvarn.core.request import Request
-from kvarn.sparse.part import Sparsity
+from kvarn.sparse.part import Selector, Sparsity
 
 NONE = "none"
 
@@ -60,7 +60,7 @@ class Rules:
     groups: Sequence[GroupSpec]
     page_size: int
     default: str = NONE
-    drafts: bool = False  #: whether the engine speculates
+    drafts: int = 0  #: longest draft; 0: the engine does not speculate [tokens]
     deterministic: bool = False  #: whether it promises the same bits in any batch
 
     def __post_init__(self) -> None:
@@ -80,6 +80,12 @@ class Rules:
     def part(self, request: Request) -> Sparsity | None:
         """What is in force for `request`."""
         return parse(self.default if request.sparsity is None else request.sparsity)
+
+    @property
+    def lists(self) -> Selector | None:
+        """The part that says how many pages of a choice are remembered, if any are."""
+        part = parse(self.default)
+        return part if isinstance(part, Selector) and part.reuse > 1 else None
 
     def keeps(self, request: Request) -> tuple[Keep, ...]:
         """What stays of its KV, by group; (): all of it."""
@@ -182,3 +188,20 @@ class Rules:
                 f"sparsity {part.name!r} needs bounds beside the pages, which this engine has no "
                 f"memory for: start it with sparsity={part.name}; requests may then say none"
             )
+        own = self.lists
+        if own is None and isinstance(part, Selector) and part.reuse > 1:
+            raise ConfigError(
+                f"sparsity {part.name!r}: reuse={part.reuse} needs memory for what rows have "
+                f"chosen: start the engine with a reuse of its own; reuse=1 needs none"
+            )
+        if own is not None and isinstance(part, Selector) and not _within(part, own):
+            raise ConfigError(
+                f"sparsity {part.name!r}: budget={part.budget} and reuse={part.reuse} do not fit "
+                f"into this engine's memory of choices, made for {own.name}:budget={own.budget},"
+                f"reuse={own.reuse}; no larger budget fits, and a reuse of 1 or no smaller one"
+            )
+
+
+def _within(part: Selector, own: Selector) -> bool:
+    """Whether what `part` chooses fits where an engine remembers what `own` would."""
+    return part.budget <= own.budget and (part.reuse == 1 or part.reuse >= own.reuse)

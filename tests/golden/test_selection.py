@@ -18,9 +18,12 @@ SIZE = 4  #: positions of a page
 
 
 def masked_logits(
-    engine: Engine, tokens: list[int], n_prompt: int, budget: int, dense: int
+    engine: Engine, tokens: list[int], n_prompt: int, budget: int, dense: int, reuse: int = 1
 ) -> Tensor:
-    """One dense pass; rows from `n_prompt` on see the pages whose bounds are highest."""
+    """One dense pass; rows from `n_prompt` on see the pages whose bounds are highest.
+
+    In each page, groups of `reuse` rows ask with the query of the first of them that chooses.
+    """
     decoder, spec = engine.executor.decoder, engine.spec  # type: ignore[attr-defined]
     total, keep = len(tokens), budget // SIZE
     at = torch.arange(total, device=decoder.device)
@@ -33,13 +36,15 @@ def masked_logits(
         if window is not None:
             seen &= at > at.unsqueeze(1) - window
         whole = k[: total // SIZE * SIZE].float().view(-1, SIZE, *k.shape[1:])
-        low, high = whole.amin(1), whole.amax(1)
-        for row in range(max(n_prompt, keep * SIZE), total):
+        sketch = torch.stack((whole.amin(1), whole.amax(1)), 2)
+        since = max(n_prompt, keep * SIZE)
+        for row in range(since, total):
             if layer < dense or window is not None:
                 continue
-            mine = q[row].view(spec.n_kv_heads, -1, spec.head_dim)
+            asks = max(since, row - row % SIZE % reuse)
+            mine = q[asks].view(1, spec.n_kv_heads, -1, spec.head_dim)
             n = row // SIZE
-            scores = part.select(Pages(mine, low[:n], high[:n], layer, row))
+            scores = part.select(Pages(mine, sketch, at[None, :n], layer, at[row : row + 1]))[0]
             scores[:, 0] = torch.inf
             best = scores.topk(keep - 1, dim=1).indices
             pages = torch.zeros(spec.n_kv_heads, n + 1, dtype=torch.bool, device=q.device)
@@ -75,6 +80,23 @@ def test_selection_is_a_mask(tiny_folder: Any, attention: str, dense: int) -> No
     assert logits[len(PROMPT) - 1 : -1].argmax(-1).tolist() == tokens
     decoder = engine.executor.decoder  # type: ignore[attr-defined]
     assert tokens != naive_generate(decoder, engine.spec, PROMPT, 60), "nothing was left out"
+
+
+@pytest.mark.parametrize("attention", ["reference", "auto"])
+@pytest.mark.parametrize("reuse", [2, 3, 4])
+@pytest.mark.parametrize("n_prompt", [10, 150])
+def test_a_choice_serves_the_rows_after_it(
+    tiny_folder: Any, attention: str, reuse: int, n_prompt: int
+) -> None:
+    """Rows of a page see what the first of so many has chosen; the first that chooses is one."""
+    rule = f"quest:budget=24,dense=1,reuse={reuse}"
+    engine = make_engine(tiny_folder("llama"), sparsity=rule, attention=attention)
+    prompt = PROMPT[:n_prompt]
+    tokens, _ = generate(engine, prompt, 60)
+    logits = masked_logits(engine, prompt + tokens, n_prompt, 24, 1, reuse)
+    assert logits[n_prompt - 1 : -1].argmax(-1).tolist() == tokens
+    other = masked_logits(engine, prompt + tokens, n_prompt, 24, 1)
+    assert (logits - other).abs().max() > 1e-4, "sharing changed nothing: the test sees nothing"
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2"])
@@ -137,10 +159,10 @@ def test_bounds_are_those_of_the_keys(tiny_folder: Any, prefix: str) -> None:
                 continue
             pages = torch.tensor(seq.tables[0][:whole])
             slots = (pages.unsqueeze(1) * SIZE + torch.arange(SIZE)).flatten()
-            for layer, sketch in runner.selecting.sketches.items():
+            for layer, book in runner.selecting.books.items():
                 keys = runner.backend.keys(runner.pool.cache[layer], slots)
                 low, high = keys.view(whole, SIZE, *keys.shape[1:]).aminmax(dim=1)
-                assert torch.equal(sketch[pages], torch.stack((low, high), 2))
+                assert torch.equal(book.sketch[pages], torch.stack((low, high), 2))
                 checked += whole
     assert checked > 1000
 
@@ -151,6 +173,8 @@ def test_bounds_are_those_of_the_keys(tiny_folder: Any, prefix: str) -> None:
         ("llama", {"sparsity": "quest:budget=11"}, "below 3 pages"),
         ("llama", {"sparsity": "quest:dense=-1"}, "0 or more"),
         ("llama", {"sparsity": "quest", "page_size": 1}, "page_size of 8"),
+        ("llama", {"sparsity": "quest:reuse=0"}, "from 1, every row chooses, to page_size=4"),
+        ("llama", {"sparsity": "quest:reuse=5"}, "from 1, every row chooses, to page_size=4"),
         ("mistral", {"sparsity": "quest"}, "sliding windows"),
         ("llama", {"sparsity": "quest", "deterministic": True}, "deterministic"),
         ("llama", {"sparsity": "quest:sinks=4"}, "no option"),
@@ -161,6 +185,23 @@ def test_what_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         make_engine(tiny_folder(family), **options)
+
+
+@pytest.mark.parametrize(
+    "own, asked, words",
+    [
+        ("quest:budget=40", "quest:budget=40,reuse=2", "start the engine with a reuse"),
+        ("quest:budget=40,reuse=2", "quest:budget=44,reuse=2", "made for quest:budget=40,reuse=2"),
+        ("quest:budget=40,reuse=2", "random-pages:budget=44", "do not fit"),
+        ("quest:budget=40,reuse=4", "quest:budget=40,reuse=3", "reuse of 1 or no smaller one"),
+    ],
+)
+def test_requests_stay_within_what_is_remembered(
+    tiny_folder: Any, own: str, asked: str, words: str
+) -> None:
+    engine = make_engine(tiny_folder("llama"), sparsity=own)
+    with pytest.raises(RequestError, match=words):
+        engine.add(Request("r", PROMPT, sparsity=asked))
 
 
 def test_an_engine_without_bounds_refuses_requests_that_choose(tiny_folder: Any) -> None:

@@ -144,6 +144,67 @@ def test_choosing_again_every_few_steps(tiny_folder: Any, prompt: int, attention
     assert engine.control.check_integrity() == []
 
 
+@pytest.mark.parametrize(("prompt", "every"), [(20, 12), (150, 12), (20, 1), (150, 1)])
+@pytest.mark.parametrize("attention", ["reference", "auto"])
+def test_sums_go_on_while_it_generates(
+    tiny_folder: Any, prompt: int, every: int, attention: str
+) -> None:
+    """H2O: every row adds what it looks at, and each few choose by it; a dense pass agrees."""
+    budget, held = 40, 40 - every
+    engine = make_engine(
+        tiny_folder("llama"),
+        sparsity=f"h2o:budget=40,every={every}",
+        attention=attention,
+        budget=32,
+    )
+    text = PROMPT[:prompt]
+    tokens, _ = generate(engine, text, 60)
+    decoder, spec = engine.executor.decoder, engine.spec  # type: ignore[attr-defined]
+    everything = text + tokens
+    total, since = len(everything), max(prompt, budget)
+    causal = torch.arange(total) <= torch.arange(total).unsqueeze(1)
+    changed = 0  # choices in which sums of rows that were generated matter
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        nonlocal changed
+        keys, values = (x.repeat_interleave(2, 1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, keys) * spec.scale
+        seen = causal.expand(2, -1, -1).clone()
+        sums, before = torch.zeros(2, total), torch.zeros(2, total)
+        there = torch.arange(since).expand(2, -1)
+
+        def look(row: int) -> None:
+            hidden = ~seen[:, row].repeat_interleave(2, 0)
+            weights = scores[:, row].masked_fill(hidden, -torch.inf).softmax(-1)
+            sums.add_(weights.view(2, 2, total).mean(1))
+
+        for row in range(since):
+            look(row)
+            before = sums.clone()
+        if prompt > budget:
+            some = Keep(budget, max(every, budget // 2))
+            there = there.gather(1, chosen(sums[:, :prompt], some, 0))
+        for row in range(since, total):
+            if (row - since) % every == 0:
+                some = Keep(held, held // 2)
+                stays = chosen(sums.gather(1, there), some, 0)
+                changed += not torch.equal(stays, chosen(before.gather(1, there), some, 0))
+                there = there.gather(1, stays)
+            there = torch.cat([there, torch.full((2, 1), row)], 1)
+            assert there.shape[1] <= budget
+            seen[:, row] = torch.zeros(2, total, dtype=torch.bool).scatter(1, there, True)
+            look(row)
+        weights = scores.masked_fill(~seen.repeat_interleave(2, 0), -torch.inf).softmax(-1)
+        return torch.einsum("hqk,khd->qhd", weights, values)
+
+    with torch.inference_mode():
+        hidden = decoder.forward(torch.tensor(everything), torch.arange(total), attend)
+        logits = decoder.logits(hidden)
+    assert logits[prompt - 1 : -1].argmax(-1).tolist() == tokens
+    if prompt == 20:  # the sums of a long prompt outweigh what comes after
+        assert changed > 0, "as if chosen by the prompt alone: the test sees nothing"
+
+
 @pytest.mark.parametrize("name", ONE_SHOT)
 def test_a_budget_that_holds_all_is_dense(tiny_folder: Any, name: str) -> None:
     engine = make_engine(tiny_folder("llama"), sparsity=f"{name}:budget=200")
@@ -152,12 +213,11 @@ def test_a_budget_that_holds_all_is_dense(tiny_folder: Any, name: str) -> None:
     assert tokens == naive_generate(decoder, engine.spec, PROMPT, 50)
 
 
+@pytest.mark.parametrize("rule", ["sage-kv:budget=40", "h2o:budget=40,every=8"])
 @pytest.mark.parametrize("prompt", [20, 150])
-def test_pages_are_the_budget(tiny_folder: Any, prompt: int) -> None:
+def test_pages_are_the_budget(tiny_folder: Any, prompt: int, rule: str) -> None:
     """Through 360 tokens: 40 positions in 10 pages, once the prompt is whole."""
-    engine = make_engine(
-        tiny_folder("llama"), sparsity="sage-kv:budget=40", max_len=512, prefix="none"
-    )
+    engine = make_engine(tiny_folder("llama"), sparsity=rule, max_len=512, prefix="none")
     params = SamplingParams(max_tokens=360, temperature=0.0, ignore_eos=True)
     engine.add(Request("r", PROMPT[:prompt], params))
     held = []
@@ -222,6 +282,8 @@ def test_dense_attend_is_what_the_masks_replace(tiny_folder: Any) -> None:
         ("llama", {"sparsity": "sagekv"}, "sage-kv"),
         ("llama", {"sparsity": "knorm:budget=40,every=38"}, "at least 4 below"),
         ("llama", {"sparsity": "knorm:budget=40,every=30"}, "leaves no more"),
+        ("llama", {"sparsity": "h2o:budget=40,every=20,sinks=11"}, "leaves no more"),
+        ("llama", {"sparsity": "h2o:budget=40,every=8,recent=9"}, "without recent=9"),
         ("llama", {"sparsity": "sage-kv:budget=many"}, "type int"),
         ("llama", {"sparsity": "streamingllm:recent=4"}, "must be 0"),
         ("mistral", {"sparsity": "sage-kv"}, "sliding-window"),

@@ -66,7 +66,7 @@ def captured(folder: str, **options: Any) -> tuple[Any, Counting]:
     )
     engine.executor = Runner(
         old.decoder, old.groups, pool, backend, old.sampler, config.page_size, config.max_seqs,
-        state, graphs,
+        state, graphs, rules=old.keeping.rules,
     )  # fmt: skip
     engine.overlap = options.get("overlap") == "on"
     return engine, capture
@@ -218,3 +218,32 @@ def test_steps_that_compile_leave_nothing_behind(tiny_folder: Any) -> None:
     requests = make_requests(5)
     assert run(engine, requests, seed=3) == expected(engine, requests)
     assert capture.replays > 5
+
+
+CHOICES = ["quest:budget=24,dense=1", "quest:budget=24,dense=1,reuse=3"]
+
+
+@pytest.mark.parametrize("rule", [*CHOICES, "random-pages:budget=24,dense=1,reuse=2"])
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_rows_that_choose(tiny_folder: Any, rule: str, overlap: str) -> None:
+    """The tokens of an engine without a GPU: beside chunks, and alone from captured steps."""
+    sampling = SamplingParams(temperature=0.0, max_tokens=14, ignore_eos=True)
+    prompts = [[(5 * i * j + 3 * i) % 97 for i in range(30 + 9 * j)] for j in range(1, 4)]
+    requests = [Request(f"r{i}", prompt, sampling) for i, prompt in enumerate(prompts)]
+    options = {"sparsity": rule, "budget": 40, "pages": 100, "page_size": 4, "max_len": 128}
+    wanted = tokens_of(make_engine(tiny_folder("llama"), **options), requests)
+    engine, capture = captured(tiny_folder("llama"), overlap=overlap, **options)
+    assert tokens_of(engine, requests) == wanted
+    assert capture.replays > 5 or rule not in CHOICES
+    assert engine.control.check_integrity() == []
+
+
+def tokens_of(engine: Any, requests: list[Request]) -> dict[str, list[int]]:
+    """Tokens by request, all of which come at once."""
+    for request in requests:
+        engine.add(request)
+    found: dict[str, list[int]] = {}
+    while engine.has_work:
+        for out in engine.step():
+            found.setdefault(out.request_id, []).extend(out.tokens)
+    return found

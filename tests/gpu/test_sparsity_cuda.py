@@ -65,7 +65,30 @@ def test_heads_see_what_their_group_leaves(
     engine.close()
 
 
-@pytest.mark.parametrize("rule", ["quest:budget=48,dense=1", "random-pages:budget=48,dense=1"])
+@pytest.mark.parametrize("graphs", ["off", "on"])
+@pytest.mark.parametrize("overlap", ["off", "on"])
+@pytest.mark.parametrize("reuse", [3, 4])
+def test_shared_choices_are_masks(tiny_folder: Any, graphs: str, overlap: str, reuse: int) -> None:
+    engine = make_engine(
+        tiny_folder("llama"), sparsity=f"quest:budget=40,dense=1,reuse={reuse}", device="cuda",
+        graphs=graphs, overlap=overlap,
+    )  # fmt: skip
+    for _ in range(2):  # the second time with the first one's pages
+        tokens, _ = generate(engine, PROMPT, 60)
+        decoded = PROMPT + tokens
+        logits = test_selection.masked_logits(engine, decoded, len(PROMPT), 40, 1, reuse)
+        assert logits[len(PROMPT) - 1 : -1].argmax(-1).tolist() == tokens
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        f"{part}:budget=48,dense=1{reuse}"
+        for part in ("quest", "random-pages")
+        for reuse in ("", ",reuse=3")
+    ],
+)
 def test_chosen_in_a_batch(tiny_folder: Any, rule: str) -> None:
     """Beside prompts in chunks and requests that see all: as alone."""
     engine = make_engine(tiny_folder("llama"), sparsity=rule, device="cuda", budget=48)

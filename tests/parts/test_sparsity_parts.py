@@ -101,7 +101,26 @@ def test_tokens_are_those_of_a_request_alone(
     assert run(engine, PROMPTS) == alone(spec), "with the prefixes of the first time"
 
 
-@pytest.mark.parametrize("spec", [*map(rule, PARTS), "knorm:budget=32,sinks=4,every=8"])
+#: choices that serve other rows too; a page of 4 takes three of 2, or 3 and 1
+SHARED = ["quest:budget=48,dense=1,reuse=3", "random-pages:budget=48,dense=1,reuse=2"]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "large pages"])
+@pytest.mark.parametrize("spec", SHARED)
+def test_shared_choices_are_those_of_a_request_alone(
+    tiny_folder: Any, alone: Any, spec: str, case: str
+) -> None:
+    engine = make_engine(tiny_folder("llama"), sparsity=spec, **CASES[case])
+    assert run(engine, PROMPTS) == alone(spec)
+    assert run(engine, PROMPTS) == alone(spec), "with the prefixes of the first time"
+    every = spec.partition(",reuse")[0]
+    assert run(engine, PROMPTS, sparsity=every) == alone(every), "beside the memory of the others"
+    assert alone(every) != alone(spec)
+
+
+@pytest.mark.parametrize(
+    "spec", [*map(rule, PARTS), "knorm:budget=32,sinks=4,every=8", "h2o:budget=32,every=8", *SHARED]
+)
 def test_preempted_requests_keep_the_same_again(tiny_folder: Any, alone: Any, spec: str) -> None:
     """Growing dense requests drive others out, one of them in the middle of its output."""
     engine = make_engine(
@@ -154,13 +173,17 @@ def test_what_holds_every_request_cannot_be_left(tiny_folder: Any, name: str) ->
         engine.add(Request("r", PROMPTS[0], sparsity=rule(name)))
 
 
-@pytest.mark.parametrize("name", [*SELECTORS, *FIXED])
+@pytest.mark.parametrize("spec", [*map(rule, [*SELECTORS, *FIXED]), *SHARED])
 @pytest.mark.parametrize("proposer", ["ngram", "suffix"])
-def test_drafts_change_nothing(tiny_folder: Any, alone: Any, name: str, proposer: str) -> None:
-    """A page that a rejected draft has filled is bounded anew."""
+@pytest.mark.parametrize("longest", [3, 7])
+def test_drafts_change_nothing(
+    tiny_folder: Any, alone: Any, spec: str, proposer: str, longest: int
+) -> None:
+    """A page that a rejected draft has filled is bounded anew; what it chose is forgotten."""
     engine = make_engine(
-        tiny_folder("llama"), sparsity=rule(name), speculate=proposer, draft_tokens=3
-    )
-    assert run(engine, PROMPTS) == alone(rule(name))
-    assert run(engine, PROMPTS) == alone(rule(name)), "with what was learnt"
+        tiny_folder("llama"), sparsity=spec, speculate=proposer, draft_tokens=longest,
+        draft_length="fixed",
+    )  # fmt: skip
+    assert run(engine, PROMPTS) == alone(spec)
+    assert run(engine, PROMPTS) == alone(spec), "with what was learnt"
     assert engine.control.stats().drafted_tokens > 0

@@ -86,17 +86,18 @@ class TritonAttention(Part):
         return TritonSelectedPlan(rows, self.multiprocessors)
 
     def selected_graph_plan(
-        self, n_rows: int, n_heads: int, kv_heads: int, head_dim: int, rows: SelectedRows, most: int
+        self, n_rows: int, n_heads: int, kv_heads: int, head_dim: int, rows: SelectedRows
     ) -> GraphSelectedPlan:
         """See `SelectBackend`."""
-        return GraphSelectedPlan(rows, n_rows, self._heads(n_heads, kv_heads, head_dim), most)
+        return GraphSelectedPlan(rows, n_rows, self._heads(n_heads, kv_heads, head_dim))
 
     def selected_key(
         self, rows: SelectedRows, n_heads: int, kv_heads: int, head_dim: int
-    ) -> tuple[int, Key]:
+    ) -> tuple[int, int, bool, Key]:
         """See `SelectBackend`."""
         heads = self._heads(n_heads, kv_heads, head_dim)
-        return room(rows), key_of(rows.listed(kv_heads, 0, None), heads)
+        listed = key_of(rows.listed(kv_heads, rows.places, None), heads)
+        return room(rows), rows.most, bool(rows.anew.any()), listed
 
     def graph_plan(
         self, n_rows: int, n_heads: int, n_kv_heads: int, head_dim: int, rows: PagedRows

@@ -73,16 +73,17 @@ def bound_pages(
 
 @triton.jit(do_not_specialize=["wide", "most"])
 def pick_pages(
-    scores, table, entries, counts, keeps, chosen, wide, most,
+    scores, table, entries, counts, keeps, places, chosen, wide, most,
     KV_HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The pages that each row sees, `keeps` of its `counts`, in their order: chosen [R, Hkv, most].
+    """The pages that each row sees, `keeps` of its `counts`, in their order, to chosen
+    [n, Hkv, most] at the row's place. A row without pages idles.
 
     The first and the last always; ties go to earlier pages. One program a row and KV head finds the
     score that just enough pages reach, bit by bit.
     """
     nth = tl.program_id(0)
-    row = nth // KV_HEADS
+    row, head = nth // KV_HEADS, nth % KV_HEADS
     count = tl.load(counts + row) - 1
     if count < 0:
         return
@@ -107,6 +108,6 @@ def pick_pages(
     taken = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
     place = tl.cumsum(taken.to(tl.int32), 0) - 1
     pages = table + tl.load(entries + row)
-    out = chosen + nth * most
+    out = chosen + (tl.load(places + row).to(tl.int64) * KV_HEADS + head) * most
     tl.store(out + place, tl.load(pages + at, mask=there, other=0), mask=taken)
     tl.store(out + keep, tl.load(pages + count))
