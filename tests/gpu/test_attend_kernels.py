@@ -139,7 +139,7 @@ def check(step: Step, limit: int = 1 << 20, hopper: bool = False) -> None:
     else:
         attend[(len(items) * step.kv_heads,)](
             q, cache, items, pages, o, lse, part_o, part_lse, q.stride(0), q.stride(1), scale, cap,
-            step.kv_heads, group, step.dim, step.page, step.window, step.cap > 0, True,
+            step.kv_heads, group, step.dim, step.page, 0, step.window, step.cap > 0, True,
             128, 32, step.dim, "tf32", 2, num_warps=4,
         )  # fmt: skip
     merged(items, o, lse, part_o, part_lse)
