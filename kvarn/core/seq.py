@@ -76,4 +76,5 @@ class Seq:
     @property
     def todo(self) -> int:
         """Positions to compute now: up to the known tokens plus those that are in flight."""
-        return min(len(self.tokens) + self.pending, self.goal) - self.computed
+        known = len(self.tokens) + self.pending
+        return (known if known < self.goal else self.goal) - self.computed

@@ -39,7 +39,8 @@ def shape_of(spans: Iterable[tuple[int, int, bool]]) -> StepShape:
         else:
             n += 1
             total += start + 1
-            most = max(most, start + 1)
+            if start >= most:
+                most = start + 1
     return StepShape(tuple(chunks), n, total, most, logits)
 
 

@@ -183,6 +183,8 @@ class KVManager:
 
     def _capacity(self, seq: Seq) -> int:
         """Positions that `seq` has slots for; all there will ever be, once its rings are there."""
+        if not seq.keep and seq.filter is None:
+            return min(map(len, seq.tables)) * self.page_size
         held = [
             len(table) * self.page_size if self._sees(seq, group) else ENDLESS
             for group, table in enumerate(seq.tables)
@@ -195,7 +197,7 @@ class KVManager:
 
     def _slots(self, seq: Seq, group: int, end: int) -> int:
         """Slots for the positions up to `end` of `seq`."""
-        if not self._sees(seq, group):
+        if seq.filter is not None and not self._sees(seq, group):
             return 0
         return seq.keep[group].slots(seq.prompt_len, seq.computed, end) if seq.keep else end
 

@@ -117,7 +117,6 @@ def coast(
             kv.publish(seq, began(step - 1))
     for seq, end in zip(running, ends, strict=True):
         _decode_to(seq, end, token_of(seq))
-        seq.planned_from = end - 1
     control.skip(steps)
     return running
 

@@ -264,8 +264,9 @@ class ControlPlane:
         self._gone = []
         self._step += steps
         self._count.output_tokens += steps * len(self.queues.running)
+        last = self._step - 1
         for seq in self.queues.running:
-            seq.planned_step = self._step - 1
+            seq.planned_step, seq.planned_from = last, seq.computed - 1
 
     def _commit(
         self, seq: Seq, tokens: list[int], extra: SpanResult | None, now: float
@@ -273,11 +274,10 @@ class ControlPlane:
         """Append new tokens up to the first that ends the sequence."""
         if seq.first_token_at is None:
             seq.first_token_at = now
-        minimum = seq.prompt_len + seq.request.sampling.min_tokens
         known = seq.tokens
         for i, token in enumerate(tokens):
             known.append(token)
-            if token in seq.stops and len(known) > minimum:
+            if token in seq.stops and seq.n_output > seq.request.sampling.min_tokens:
                 return self._end(seq, tokens[: i + 1], "stop", token, extra, now)
             if len(known) > seq.goal:
                 return self._end(seq, tokens[: i + 1], "length", None, extra, now)

@@ -164,7 +164,10 @@ class Instance:
 
     def _coastable(self, in_flight: int = 0) -> int:
         """Decode steps that may be taken at once, after those `in_flight`."""
-        return can_coast(self.control, _AT_ONCE, in_flight, self.overlap) if self.coasts else 0
+        if not self.coasts:
+            return 0
+        most = _AT_ONCE_ROUNDED if isinstance(self.cost, Rounded) else _AT_ONCE
+        return can_coast(self.control, most, in_flight, self.overlap)
 
     def _plan_ahead(self, run: Run) -> None:
         """What the overlapped loop decided when the last step of `run` began, if not done yet."""
@@ -235,4 +238,6 @@ def choices(control: ControlPlane, plan: StepPlan) -> dict[int, SpanResult]:
 
 
 #: decode steps priced ahead: an arrival throws the rest away, so pricing more does not pay
-_AT_ONCE = 256
+_AT_ONCE = 64
+#: the same where many steps have one price, and forming a run costs more than its prices
+_AT_ONCE_ROUNDED = 128

@@ -115,13 +115,16 @@ class Tally:
             counts[round(gap / 1000)] += times * len(seqs)
             if self.keep_gaps:
                 kept.extend([gap / NS] * times)
+        before, gap_us = -1, 0
         for seq in seqs:
             stream = streams.get(seq)
             if stream is None:
                 streams[seq] = stream = _Stream(first)
             else:
                 gap = first - stream.last
-                counts[round(gap / 1000)] += 1
+                if gap != before:  # else as the sequence before
+                    before, gap_us = gap, round(gap / 1000)
+                counts[gap_us] += 1
                 if self.keep_gaps:
                     stream.gaps.append(gap / NS)
             if kept:

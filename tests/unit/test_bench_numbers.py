@@ -3,7 +3,9 @@
 import gzip
 import json
 import math
+from collections import Counter
 from dataclasses import asdict
+from itertools import accumulate
 from random import Random
 
 import numpy as np
@@ -173,6 +175,34 @@ def test_whole_run_follows_the_definitions_of_vllm_bench():
     assert found["mean_e2el_ms"] == pytest.approx(500)
     assert found["request_goodput"] == 0.5  # the second misses its first token
     assert found["max_concurrent_requests"] == 1
+
+
+def test_events_are_those_that_clients_saw():
+    rng = Random(3)
+    samples = [
+        sample(i, rng.random() * 5, rng.random(), [rng.random() for _ in range(rng.randrange(9))])
+        for i in range(50)
+    ]
+    events = metrics.Events.of(samples)
+    at, tokens, gaps = [], [], []
+    for one in samples:
+        times = list(accumulate(one.itl, initial=one.start + one.ttft))
+        at += times
+        tokens += [one.n_output / len(times)] * len(times)
+        gaps += [(time, gap) for time, gap in zip(times[1:], one.itl, strict=True)]
+    assert events.at.tolist() == at and events.tokens.tolist() == tokens
+    assert events.gaps.tolist() == [gap for _, gap in gaps]
+    seconds = Counter(map(int, at))
+    assert events.peak_second() == max(seconds.values())  # every event has one token
+    inside = events.between(2.0, 3.5)
+    assert inside.gaps.tolist() == [gap for time, gap in gaps if 2.0 <= time < 3.5]
+    assert len(metrics.Events.of([]).gaps) == metrics.Events.of([]).peak_second() == 0
+
+
+def test_most_requests_at_once():
+    samples = [sample(0, 0.0, 1.0, []), sample(1, 1.0, 1.0, []), sample(2, 1.5, 3.0, [])]
+    found = metrics.whole_run(samples, 5.0, (), {})
+    assert found["max_concurrent_requests"] == 2  # who leaves at 1 s makes way for who comes then
 
 
 def test_goodput_targets_are_parsed_and_checked():

@@ -59,17 +59,17 @@ def simulate(
     return Simulation(requests, instances, Routing(part, Fleet(n)), tally).run()
 
 
-def request(i: int, at: float, prompt: list[int], n_out: int) -> Request:
-    params = SamplingParams(max_tokens=n_out, ignore_eos=True)
+def request(i: int, at: float, prompt: list[int], n_out: int, n: int = 1) -> Request:
+    params = SamplingParams(max_tokens=n_out, n=n, ignore_eos=True)
     return Request(str(i), prompt, params, arrival=at)
 
 
-def poisson(n: int, rate: float, seed: int = 0) -> list[Request]:
+def poisson(n: int, rate: float, seed: int = 0, siblings: int = 1) -> list[Request]:
     rng, at, found = Random(seed), 0.0, []
     for i in range(n):
         at += rng.expovariate(rate)
         prompt = [7] * rng.randrange(9) + [i] * rng.randrange(1, 40)
-        found.append(request(i, at, prompt, rng.randrange(1, 60)))
+        found.append(request(i, at, prompt, rng.randrange(1, 60), rng.randint(1, siblings)))
     return found
 
 
@@ -86,18 +86,38 @@ def facts(outcome: Outcome) -> Any:
 @given(
     st.integers(0, 10**6), st.sampled_from([2.0, 20.0, 200.0]), st.integers(1, 3),
     st.sampled_from(["round_robin", "least_loaded", "prefix_aware"]), st.integers(30, 200),
-    st.booleans(),
+    st.booleans(), st.integers(1, 3),
 )  # fmt: skip
-def test_steps_at_once_change_nothing(seed, rate, n, router, pages, overlap):
-    requests = poisson(40, rate, seed)
+def test_steps_at_once_change_nothing(seed, rate, n, router, pages, overlap, siblings):
+    requests = poisson(40, rate, seed, siblings)
     one_by_one = simulate(requests, n, router, coasts=False, pages=pages, overlap=overlap)
     at_once = simulate(requests, n, router, coasts=True, pages=pages, overlap=overlap)
     assert facts(one_by_one) == facts(at_once)
     for record in at_once.records:
-        asked = requests[int(record.id)]
-        assert record.end is not None and record.n_out == asked.sampling.max_tokens
+        asked = requests[int(record.id)].sampling
+        assert record.end is not None and record.n_out == asked.n * asked.max_tokens
+        assert len(record.gaps) == asked.n * (asked.max_tokens - 1)
     for one in at_once.instances:
         assert one.control.check_integrity() == [] and not one.control.seqs
+
+
+@pytest.mark.parametrize("coasts", [True, False])
+def test_siblings_have_gaps_of_their_own(coasts):
+    cost = Priced(fixed=1.0, a_token=0.0, a_position=0.0)
+    outcome = simulate([request(0, 0.0, [1] * 10, 4, n=2)], cost=cost, coasts=coasts)
+    (record,) = outcome.records  # the second sibling is forked one step later
+    assert list(record.gaps) == [1.0] * 6 and outcome.gaps == {1_000_000: 6}
+    assert (record.first, record.last, record.n_out) == (NS, 5 * NS, 8)
+
+
+def test_the_overlapped_loop_plans_little_more_than_prompts(monkeypatch):
+    """Ends, first tokens and arrivals break runs of decodes, but need no plan of their own."""
+    planned, plan = [], ControlPlane.plan
+    monkeypatch.setattr(ControlPlane, "plan", lambda *a: planned.append(a) or plan(*a))
+    requests = [request(i, i * 0.7, [i] * 10, 200) for i in range(50)]
+    outcome = simulate(requests, size=64, overlap=True, max_seqs=64)
+    assert 50 <= len(planned) < 75
+    assert outcome.instances[0].control.stats().steps > 50 * len(planned)
 
 
 def test_steps_at_once_are_far_fewer():
