@@ -1,7 +1,8 @@
 """Pipelines on a cluster: stations and instances of the engine under one clock.
 
 The model's stages are requests to the simulated cluster, through its policy, scheduler and caches;
-the others queue at stations. A stage begins when all before it have ended. A pipeline of one stage
+the others queue at stations. A stage begins when all before it have ended, or the first of them:
+the others are then dropped, aborted in the model and cancelled at stations. A pipeline of one stage
 is a request, and is simulated exactly as one.
 """
 
@@ -32,13 +33,27 @@ class Passage:
     begun: list[int | None] = field(default_factory=list)  #: by stage
     ended: list[int | None] = field(default_factory=list)  #: by stage
     first: int | None = None  #: first token of the last stage, where that is the model's
-    error: str = ""
+    dropped: set[int] = field(default_factory=set)  #: stages that another one overtook
+    failed: dict[int, str] = field(default_factory=dict)  #: why, by stage
 
     @property
     def end(self) -> int | None:
-        """When the last of its stages ended; None while one has not."""
-        ends = [one for one in self.ended if one is not None]
-        return max(ends) if len(ends) == len(self.ended) else None
+        """When the last of its stages ended, but those that were dropped; None: one has not."""
+        ends = [one for i, one in enumerate(self.ended) if i not in self.dropped]
+        known = [one for one in ends if one is not None]
+        return max(known) if len(known) == len(ends) else None
+
+    @property
+    def error(self) -> str:
+        """Why it did not come to its end, where a stage failed."""
+        return next((why for i, why in self.failed.items() if i not in self.dropped), "")
+
+    def ready(self, place: int) -> bool:
+        """Whether a stage may begin, and has not."""
+        stage = self.pipeline.stages[place]
+        ended = [self.ended[before] is not None for before in stage.after]
+        enough = any(ended) if stage.first and ended else all(ended)
+        return enough and self.begun[place] is None and place not in self.dropped
 
 
 @dataclass(slots=True)
@@ -100,10 +115,11 @@ class Staged:
         """Begin every stage that waits for no other; those of the model are returned."""
         requests, now = list[Request](), self.heap.now
         for place, stage in enumerate(passage.pipeline.stages):
-            ready = all(passage.ended[before] is not None for before in stage.after)
-            if passage.begun[place] is not None or not ready:
+            if not passage.ready(place):
                 continue
             passage.begun[place] = now
+            if stage.first:
+                self._drop_others(passage, place)
             name = _name(passage.pipeline, place)
             if stage.where == MODEL:
                 if stage.fetched:
@@ -113,6 +129,20 @@ class Staged:
                 self.stations[stage.where].add(now, name, stage.work)
                 self._look(stage.where)
         return requests
+
+    def _drop_others(self, passage: Passage, join: int) -> None:
+        """A stage begins that needed one before it: what only led to it is not wanted."""
+        ended = [one is not None for one in passage.ended]
+        for place in passage.pipeline.unwanted(join, ended) - passage.dropped:
+            passage.dropped.add(place)
+            stage, name = passage.pipeline.stages[place], _name(passage.pipeline, place)
+            if passage.begun[place] is None or place in passage.failed:
+                continue
+            if stage.where == MODEL:
+                self.simulation.abort(name)
+            else:
+                self.stations[stage.where].cancel(self.heap.now, name)
+                self._look(stage.where)
 
     def _look(self, where: str) -> None:
         """Come back when something happens at a station."""
@@ -134,13 +164,16 @@ class Staged:
         """The model ended a stage."""
         error = self.tally.records[name].error
         if error:
-            self.passages[name.rpartition("/")[0]].error = error
+            owner, _, place = name.rpartition("/")
+            self.passages[owner].failed[int(place)] = error
             return []
         return self._ended(name)
 
     def _ended(self, name: str) -> list[Request]:
         owner, _, place = name.rpartition("/")
         passage = self.passages[owner]
+        if int(place) in passage.dropped:
+            return []  # it ended with the step in which it was overtaken
         passage.ended[int(place)] = self.heap.now
         return self._begin(passage)
 

@@ -6,6 +6,7 @@ events in the order in which they were scheduled. What the simulator itself take
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from kvarn.cluster.policy import Action, Arrived, ClusterPolicy, Finished, Refuse, Send, Started
 from kvarn.core.errors import QueueFull
@@ -15,6 +16,7 @@ from kvarn.sim.heap import ARRIVAL, COMPLETION, NS, Alarm, EventHeap
 from kvarn.sim.instance import Instance
 from kvarn.sim.run import Outcome, Record, Tally
 
+ABORTED = "aborted"  #: the error of a request that was dropped on the way
 _NEXT = "the next listed request arrives"
 
 
@@ -42,6 +44,7 @@ class Simulation:
         self.after = after
         self.heap = EventHeap()
         self._order: list[Record] = []
+        self._unwanted: dict[int, list[str]] = {}  #: requests to be dropped, by instance
         self._upcoming: Request | None = None
         self._next_arrival()
 
@@ -87,6 +90,26 @@ class Simulation:
         self._order.append(record)
         self._act(self.policy.handle(Arrived(request), self.heap.now / NS))
 
+    def abort(self, request: str) -> None:
+        """Nobody wants an answer any more: drop a request that was sent to an instance.
+
+        Its pages are free when the step under way ends, as where an engine is told between steps.
+        """
+        place = self.tally.records[request].instance
+        if place >= 0:
+            self._unwanted.setdefault(place, []).append(request)
+            if self.instances[place].is_busy:
+                self._interrupt(place)
+            else:
+                self.heap.push(self.heap.now, COMPLETION, Alarm(partial(self._drop, place)))
+
+    def _drop(self, place: int) -> None:
+        now = self.heap.now
+        for request in self._unwanted.pop(place, ()):
+            for seq in self.instances[place].control.abort(request, now / NS):
+                self.tally.ended(seq, now, ABORTED)
+                self._tell(Finished(request, place))
+
     def _completed(self, place: int, version: int) -> None:
         instance, now = self.instances[place], self.heap.now
         if version != instance.version:
@@ -96,6 +119,7 @@ class Simulation:
                 self._tell(Started(one.seq.request.id, place))
             if one.finish is not None:
                 self._ended(place, one.seq, "" if one.finish != "error" else "failed")
+        self._drop(place)
         self._start(place)
 
     def _ended(self, place: int, seq: Seq, error: str = "") -> None:
@@ -123,9 +147,7 @@ class Simulation:
         record, instance = self.tally.records[request.id], self.instances[place]
         record.instance, record.why = place, action.why
         if instance.is_busy:
-            end = instance.noticed(self.heap.now, unlike_any)
-            if end is not None:
-                self.heap.push(end, COMPLETION, (place, instance.version))
+            self._interrupt(place)
         try:
             instance.add(request)
         except QueueFull as error:
@@ -134,6 +156,13 @@ class Simulation:
             return
         if not instance.is_busy:
             self._start(place)
+
+    def _interrupt(self, place: int) -> None:
+        """Something happens to a busy instance: its run ends with the step under way."""
+        instance = self.instances[place]
+        end = instance.noticed(self.heap.now, unlike_any)
+        if end is not None:
+            self.heap.push(end, COMPLETION, (place, instance.version))
 
     def _refuse(self, request: Request, why: str) -> None:
         self.tally.records[request.id].error = why

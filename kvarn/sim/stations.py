@@ -29,6 +29,10 @@ class Station(Protocol):
         """Jobs that have ended by `now`; what waited for their place begins."""
         ...
 
+    def cancel(self, now: int, job: str) -> None:
+        """A job that was added and not handed out yet is not wanted any more."""
+        ...
+
 
 @dataclass(slots=True, order=True)
 class _Waiting:
@@ -88,6 +92,14 @@ class BatchServer:
         self._begin(now)
         return done
 
+    def cancel(self, now: int, job: str) -> None:
+        """A job that waits is gone; one under way goes on with its batch, and nobody is told."""
+        self._queue = [one for one in self._queue if one.job != job]
+        heapq.heapify(self._queue)
+        for _, _, jobs in self._under_way:
+            if job in jobs:
+                jobs.remove(job)
+
     def _impatient(self) -> int:
         return min(one.since for one in self._queue) + round(self.patience * NS)
 
@@ -122,3 +134,7 @@ class Transfers:
     def finish(self, now: int) -> list[str]:
         """Transfers that have arrived."""
         return self.link.finish(now)
+
+    def cancel(self, now: int, job: str) -> None:
+        """Stop a transfer; the others go on faster."""
+        self.link.cancel(now, job)

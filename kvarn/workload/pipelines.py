@@ -23,6 +23,7 @@ class Stage:
 
     where: str  #: `MODEL`, or the name of a station
     after: tuple[int, ...] = ()  #: places of the stages that must have ended
+    first: bool = False  #: one of them is enough: the first to end; the others are dropped
     work: float = 1.0  #: of a station
     n_in: int = 0  #: of the model: prompt [tokens]
     n_out: int = 0  #: of the model: answer [tokens]
@@ -38,6 +39,18 @@ class Pipeline:
     at: float  #: arrival [s]
     stages: tuple[Stage, ...]
     kind: str = ""
+
+    def unwanted(self, join: int, ended: Sequence[bool]) -> set[int]:
+        """Stages that nobody waits for once stage `join` begins, of those that have not ended.
+
+        They are the losers of a race and what leads to them alone.
+        """
+        gone, none = {join}, set[int]()
+        for place in reversed(range(join)):
+            waiting = {i for i, stage in enumerate(self.stages) if place in stage.after}
+            if not ended[place] and waiting and waiting <= gone:
+                gone.add(place)
+        return gone - {join} if self.stages[join].first else none
 
     def __post_init__(self) -> None:
         for place, stage in enumerate(self.stages):
@@ -99,6 +112,21 @@ def merged(*parts: Pipelines) -> Pipelines:
             found.append(replace(one, id=f"{n}.{one.id}", stages=stages))
         shift = highest + 1
     return Pipelines(tuple(sorted(found, key=lambda one: one.at)), size)
+
+
+def race(
+    n: int, rate: float, k: int, n_in: int, n_out: int, answer: int, block_size: int, seed: int
+) -> Pipelines:
+    """`k` thoughts of one prompt, of 1 to 2 `n_out` tokens; the first to end is answered to."""
+    rng, found = Random(f"race {seed}"), []
+    for one in branches(n, rate, k, n_in, n_out, answer, block_size, seed):
+        *thoughts, last = one.stages
+        paths = [replace(path, n_out=rng.randint(1, 2 * n_out)) for path in thoughts]
+        # what is answered to is the prompt and one thought, whichever it was
+        blocks = last.blocks[: -(-(n_in + n_out) // block_size)]
+        last = replace(last, first=True, n_in=n_in + n_out, blocks=blocks)
+        found.append(replace(one, stages=(*paths, last), kind=f"first of {k} paths"))
+    return Pipelines(tuple(found), block_size)
 
 
 def branches(

@@ -205,3 +205,78 @@ def test_paths_share_the_kv_of_their_prompt():
 def test_what_cannot_be_is_refused(make, why):
     with pytest.raises(ConfigError, match=why):
         make()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_first_branch_is_enough_and_the_others_are_dropped(overlap):
+    """Three branches of 5, 20 and 60 tokens: the answer begins with the end of the first."""
+    thoughts = [Stage(MODEL, n_in=40, n_out=n, blocks=tuple(range(10))) for n in (60, 5, 20)]
+    answer = Stage(MODEL, (0, 1, 2), first=True, n_in=48, n_out=4, blocks=tuple(range(10)))
+    load = of_stages(*thoughts, answer)
+    tally = Tally()
+    instances = [Instance("0", control(), Priced(), tally, overlap=overlap)]
+    outcome = Staged(load, {}, instances, Routing(RoundRobin(), Fleet(1)), tally).run()
+    (one,) = outcome.passages
+    assert one.dropped == {0, 2} and one.error == ""
+    assert one.begun[3] == one.ended[1] and one.end == one.ended[3]
+    records = {record.id: record for record in outcome.model.records}
+    assert [records[f"0/{i}"].error for i in range(4)] == ["aborted", "", "aborted", ""]
+    assert records["0/0"].end is None and 5 <= records["0/0"].n_out <= 7
+    plane = instances[0].control
+    assert plane.kv.held(0) == 0 and plane.check_integrity() == [] and not plane.has_work
+    stats = plane.stats()
+    assert sum(stats.finished.values()) == 4 and stats.finished["abort"] == 2
+
+
+@pytest.mark.parametrize("coasts", [False, True])
+@pytest.mark.parametrize("n", [1, 3])
+def test_races_end_once_and_what_is_not_dropped_is_whole(n, coasts):
+    load = made.race(12, 3.0, 4, 40, 20, 10, 4, 0)
+    outcome = staged(load, n=n, coasts=coasts, pages=900)
+    assert len(list(outcome.done())) == len(load) == 12
+    asked = {f"{p.id}/{i}": s.n_out for p in load for i, s in enumerate(p.stages)}
+    assert len(outcome.model.records) == len(asked), "a stage is asked for once"
+    for one in outcome.model.records:
+        assert one.error in ("", "aborted")
+        assert one.n_out == asked[one.id] if not one.error else one.n_out <= asked[one.id]
+    assert sum(one.error != "" for one in outcome.model.records) > 12
+    for one in outcome.passages:
+        shortest = min(s.n_out for s in one.pipeline.stages[:4])
+        kept = [i for i in range(4) if i not in one.dropped]
+        assert min(one.pipeline.stages[i].n_out for i in kept) == shortest
+    for instance in outcome.model.instances:
+        assert instance.control.kv.held(0) == 0 and instance.control.check_integrity() == []
+
+
+def test_steps_taken_together_make_the_same_race():
+    load = made.race(12, 3.0, 4, 40, 20, 10, 4, 0)
+    one, other = (staged(load, coasts=coasts, pages=900) for coasts in (False, True))
+    assert [p.end for p in one.passages] == [p.end for p in other.passages]
+    assert [r.n_out for r in one.model.records] == [r.n_out for r in other.model.records]
+
+
+def test_what_leads_to_a_loser_alone_is_dropped_at_stations_and_links():
+    """Ways of two stages race: one waits in a queue, one is on a link, one is being served."""
+    link = SharedLink(Link("test", 0.0, 1e6, 0.0))
+    fast, slow = BatchServer(sum), BatchServer(sum)
+    load = of_stages(
+        Stage("fast", work=1.0), Stage("fast", (0,), work=1.0),  # ends at 2 s
+        Stage("link", work=9e6), Stage("fast", (2,), work=1.0),
+        Stage("slow", work=3.0), Stage("slow", work=5.0),
+        Stage("fast", (1, 3, 4, 5), first=True, work=0.5),
+    )  # fmt: skip
+    stations = {"fast": fast, "slow": slow, "link": Transfers(link)}
+    (one,) = staged(load, stations).passages
+    assert one.dropped == {2, 3, 4, 5} and one.begun[3] is None
+    assert one.end == one.ended[6] == round(2.5 * NS)
+    assert link.moved == pytest.approx(2e6) and len(link) == 0
+    assert slow.served == 1, "the one that waited was never served"
+
+
+def test_a_branch_that_somebody_else_waits_for_goes_on():
+    load = of_stages(
+        Stage("s", work=1.0), Stage("s", work=2.0), Stage("s", (0, 1), first=True, work=1.0),
+        Stage("s", (1, 2), work=1.0),
+    )  # fmt: skip
+    (one,) = staged(load, {"s": BatchServer(sum, workers=4)}).passages
+    assert one.dropped == set() and one.ended[1] == 2 * NS and one.end == 3 * NS
