@@ -22,8 +22,9 @@ OUTPUT = 64  #: tokens of an answer
 EACH = 6  #: requests of a kind
 TREE = {"draft_shape": "tree"}
 
-#: what is compared, beside plain decoding
+#: what is compared, plain decoding first
 SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
     "ngram, 8": {"speculate": "ngram", "draft_tokens": 8},
     "suffix, 8": {"speculate": "suffix", "draft_tokens": 8},
     "suffix tree, 8": {"speculate": "suffix", "draft_tokens": 8} | TREE,
@@ -75,7 +76,7 @@ def run(model: str) -> dict[str, Any]:
 def mixed(model: str) -> list[dict[str, Any]]:
     """Rows by setting and kind of request, with tokens a round."""
     rows, plain, asked = list[Row](), list[list[int]](), stream()
-    for setting, options in ({"plain": {}} | SETTINGS).items():
+    for setting, options in SETTINGS.items():
         llm = LLM(model, max_len=1024, max_seqs=4, draft_length="fixed", **options)
         mine, answers = _serve(llm, setting, asked)
         llm.close()

@@ -62,7 +62,10 @@ def training(
 
 
 @pytest.mark.parametrize("mode", ["inline", "on"])
-@pytest.mark.parametrize("options", [{}, {"budget": 7}, {"pages": 36}, {"overlap": "on"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"budget": 7}, {"pages": 36}, {"overlap": "on"}, {"draft_shape": "tree"}],
+)
 def test_tokens_are_the_same_while_weights_change(
     folders: dict[str, str], wanted: Any, mode: str, options: dict[str, Any]
 ) -> None:

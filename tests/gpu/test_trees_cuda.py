@@ -1,4 +1,7 @@
-"""Draft trees on the GPU, between captured steps: the naive decoder's tokens, in fp32."""
+"""Draft trees on the GPU, between captured steps: the naive decoder's tokens, in fp32.
+
+The first tests run on the CPU, too, under TRITON_INTERPRET=1 (see `test_captured_steps`).
+"""
 
 from typing import Any
 
@@ -8,30 +11,74 @@ from golden.test_drafted_trees import PROPOSERS, REPEATING, growing, heard
 from golden.test_engine import expected, make_engine, make_requests, run
 from golden.test_speculation_trees import RULES, branching, checked
 
+pytest.importorskip("triton")
+
+from gpu.test_captured_steps import DEVICE, INTERPRETED, Counting, captured
+
 from kvarn.core.request import Request, SamplingParams
+from kvarn.kernels.attention.triton import TritonAttention
+from kvarn.runner.executor import Runner
+from kvarn.runner.graphs import Graphs, buckets
+from kvarn.runner.pool import KVPool
+from kvarn.runner.state import DeviceState
 from kvarn.runner.trees import is_tree
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="no CUDA device"),
 ]
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 @pytest.fixture(scope="module")
 def wanted(tiny_folder: Any) -> Any:
-    """Greedy requests and the naive decoder's answers on this GPU, by family."""
+    """Greedy requests and the naive decoder's answers on this device, by family."""
     known: dict[str, Any] = {}
 
     def answers(family: str) -> Any:
         if family not in known:
-            engine = make_engine(tiny_folder(family), device="cuda")
-            requests = make_requests(12)
+            engine = make_engine(tiny_folder(family), device=DEVICE.type)
+            requests = make_requests(4 if INTERPRETED else 12)
             known[family] = requests, expected(engine, requests)
         return known[family]
 
     return answers
 
 
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_trees_between_captured_steps(tiny_folder: Any, wanted: Any, overlap: str) -> None:
+    """Page tables and last tokens on the device agree with the host's after every tree."""
+    requests, answers = wanted("llama")
+    engine, capture = captured(tiny_folder("llama"), overlap=overlap)
+    proposer = branching(engine, answers, 0.7, 9)
+    checked(engine, requests, answers, seed=3)
+    assert proposer.trees > 0 and capture.replays > 0
+
+
+def test_the_drafter_grows_its_trees_on_the_device(tiny_folder: Any, wanted: Any) -> None:
+    requests, answers = wanted("llama")
+    engine = growing(
+        tiny_folder("llama"), "draft", tiny_folder("llama"), device=DEVICE.type, pages=40
+    )
+    proposer: Any = engine.speculation and engine.speculation.proposer
+    old, config, capture = proposer.runner, engine.resolved.config, Counting()
+    backend = TritonAttention()
+    pool = KVPool(backend, old.groups, proposer.kv.pages, 4, torch.float32, DEVICE)
+    state = DeviceState(config.max_seqs, len(old.groups), -(-config.max_len // 4) + 1, DEVICE)
+    graphs = Graphs(
+        old.decoder, old.groups, pool, backend, state, buckets(config.max_seqs), capture
+    )
+    proposer.runner = Runner(
+        old.decoder, old.groups, pool, backend, old.sampler, 4, config.max_seqs, state, graphs
+    )
+    judged = heard(engine)
+    assert run(engine, requests, seed=3) == answers
+    assert engine.control.check_integrity() == [] and proposer.kv.check_integrity([]) == []
+    assert any(is_tree(one.draft) for one in judged)
+    assert engine.stats().accepted_tokens > 0 and capture.replays > 0
+
+
+@ON_GPU
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 @pytest.mark.parametrize("graphs", ["off", "on"])
 @pytest.mark.parametrize("overlap", ["off", "on"])
@@ -49,6 +96,7 @@ def test_tokens_equal_naive(
         assert proposer.trees > 20
 
 
+@ON_GPU
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 def test_page_sizes(tiny_folder: Any, wanted: Any, page_size: int) -> None:
     requests, answers = wanted("llama")
@@ -58,13 +106,13 @@ def test_page_sizes(tiny_folder: Any, wanted: Any, page_size: int) -> None:
     checked(engine, requests, answers, seed=4)
 
 
+@ON_GPU
 @pytest.mark.parametrize("graphs", ["off", "on"])
 @pytest.mark.parametrize("drafter", ["llama", "qwen3"])
 @pytest.mark.parametrize("proposer", PROPOSERS)
 def test_proposers_of_trees(
     tiny_folder: Any, wanted: Any, proposer: str, drafter: str, graphs: str
 ) -> None:
-    """The drafter's trees grow on the device as well, in steps of their own."""
     requests, answers = wanted("llama")
     engine = growing(
         tiny_folder("llama"), proposer, tiny_folder(drafter),
@@ -81,6 +129,7 @@ def test_proposers_of_trees(
     engine.close()
 
 
+@ON_GPU
 @pytest.mark.parametrize("rules", RULES)
 def test_sampled_tokens_equal_plain_decoding(tiny_folder: Any, rules: str) -> None:
     params: dict[str, Any] = {"temperature": 0.8, "max_tokens": 24, "ignore_eos": True}
@@ -100,6 +149,7 @@ def test_sampled_tokens_equal_plain_decoding(tiny_folder: Any, rules: str) -> No
         engine.close()
 
 
+@ON_GPU
 @pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
 def test_half_precision_runs(tiny_folder: Any, kv_dtype: str) -> None:
     """K and V of a tree's rows pass through the cache's kind of number before they are moved."""

@@ -19,7 +19,7 @@ from kvarn.speculate.part import Ask, Verified
 from kvarn.speculate.propose import native_tree
 from kvarn.speculate.propose.mix import WEIGHT, Mix
 from kvarn.speculate.propose.ngram import NGram
-from kvarn.speculate.propose.suffix import Suffix
+from kvarn.speculate.propose.suffix import Suffix, pruned
 from kvarn.speculate.propose.suffix_tree import Drafting, Found, SuffixTree
 
 PIECES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), min_size=1, max_size=15)
@@ -108,20 +108,20 @@ def test_ngram_refuses_nonsense(options: dict[str, int]) -> None:
 # suffix trees
 
 
-def best(texts: list[tuple[int, ...]], context: list[int], most: int) -> Found:
+def best(texts: list[tuple[int, ...]], context: list[int], most: int, tree: bool) -> Found:
     """The draft by counts of all runs of these texts."""
-    how = Drafting(most)
+    how = Drafting(most, tree=tree)
     return naive(counts(texts, 6), tuple(context), 6, how)
 
 
 @BOTH
 @settings(max_examples=80, deadline=None)
-@given(ROUNDS, st.integers(1, 8))
+@given(ROUNDS, st.integers(1, 8), st.booleans())
 def test_suffix_drafts_are_those_of_counts(
-    make: Make, rounds: list[tuple[int, list[int], bool]], most: int
+    make: Make, rounds: list[tuple[int, list[int], bool]], most: int, tree: bool
 ) -> None:
     """Of the request's own text, and of all outputs of its tenant, whichever expects more."""
-    proposer, live, ended = Suffix(depth=6, tree=make), dict[int, Seq](), list[Seq]()
+    proposer, live, ended = Suffix(Drafting(tree=tree), 6, tree=make), dict[int, Seq](), list[Seq]()
     for number, (slot, tokens, ends) in enumerate(rounds):
         seq = live.setdefault(slot, sequence(number, [slot, 1, 0], salt="ab"[slot % 2]))
         seq.tokens += tokens
@@ -133,11 +133,13 @@ def test_suffix_drafts_are_those_of_counts(
                 for one in [*ended, *live.values()]
                 if one.request.cache_salt == tenant
             ]
-            own = best([tuple(ask.seq.tokens)], ask.seq.tokens, most)
-            other = best(outputs, ask.seq.tokens, most)
+            own = best([tuple(ask.seq.tokens)], ask.seq.tokens, most, tree)
+            other = best(outputs, ask.seq.tokens, most, tree)
             wanted = max(own, other, key=lambda found: (found.score, found.matched))
             assert draft.tokens == wanted.tokens
+            assert draft.parents == (wanted.parents if tree else None)
             assert draft.confidence == wanted.confidence
+            assert draft.score == pytest.approx(wanted.score)
         if ends:
             proposer.forget(seq)
             ended.append(live.pop(slot))
@@ -160,6 +162,25 @@ def test_suffix_memory_is_bounded_and_tenants_are_apart(make: Make) -> None:
         assert proposer.tokens <= 300
         assert proposer.tokens == sum(tree.tokens for tree in proposer._outputs.trees.values())
     assert drafted(proposer, sequence(99, text[:9], "a"), 8) == []  # the oldest went first
+
+
+def test_every_path_of_a_tree_ends_where_the_control_says() -> None:
+    """What is left: the tokens with fewer than `most` before them, each behind its parent."""
+    chance = Random(2)
+    for _ in range(200):
+        n = chance.randint(0, 12)
+        parents = [chance.randint(-1, i - 1) for i in range(n)]
+        found = Found(list(range(n)), parents, [chance.random() for _ in range(n)])
+        ways: list[list[int]] = []
+        for i, parent in enumerate(parents):
+            ways.append([*(ways[parent] if parent >= 0 else []), i])
+        for most in (0, 1, 2, 3):
+            control: Any = Control(most)
+            left = pruned(found, control)
+            assert left.tokens == [i for i in range(n) if len(ways[i]) <= most]
+            assert left.confidence == [found.confidence[i] for i in left.tokens]
+            for i, parent in zip(left.tokens, left.parents or [], strict=True):
+                assert (left.tokens[parent] if parent >= 0 else -1) == parents[i]
 
 
 @BOTH
@@ -234,6 +255,19 @@ def test_mix_takes_the_draft_that_expects_more(
         assert mix.typical == typical
     mix.forget(sequence(2, [1]))
     assert free.forgotten == other.forgotten == [2]
+
+
+def test_mix_takes_what_there_is_where_the_other_is_behind() -> None:
+    class Behind(Sure):
+        def propose(self, asks: Sequence[Ask], control: Any) -> list[Draft]:
+            return [Draft() for _ in asks]
+
+    free, other = Sure(7), Behind(8)
+    mix = Mix(free, other)
+    [draft] = mix.propose([Ask(sequence(1, [1]), 3)], GO)
+    assert draft.tokens == [7] and draft.score < mix.typical
+    mix.observe([Verified(1, 1, 0)])
+    assert (free.seen, other.seen, mix.typical) == ([1], [], 1.0)
 
 
 def test_mix_takes_two_proposers() -> None:

@@ -12,6 +12,7 @@ from kvarn.core.seq import Seq
 from kvarn.speculate.costs import Measured
 from kvarn.speculate.part import Round, Verified
 from kvarn.speculate.records import Record, records
+from kvarn.speculate.train.trainer import labels_of
 
 
 def paths(draft: Draft) -> dict[tuple[int, ...], bool]:
@@ -51,6 +52,18 @@ def test_a_step_is_read_once() -> None:
     assert first == Record(1, 3, 10, Draft([4, 5], [-1, -1], [0.6, 0.3]), [5, 7], top)
     assert first.verified() == Verified(1, 2, 1, [0.6, 0.3], depth=1, judged=1)
     assert second.verified() == Verified(2, 0, 0)
+
+
+def test_what_a_trainer_learns_of_a_tree() -> None:
+    """The target's word along the path, and behind it; a path that stood to its end is right."""
+    tree = Draft([4, 5, 6], [-1, -1, 0], [0.6, 0.3, 0.9])
+    for committed, refused in (([4, 6, 9], False), ([4, 8], True), ([5, 8], False), ([9], True)):
+        top = [[(token, -0.5), (0, -1.5)] for token in committed]
+        record = Record(1, 3, 10, tree, committed, top)
+        labels = labels_of(record, record.judged > record.accepted)
+        assert [label.place for label in labels] == list(range(10, 10 + len(committed)))
+        assert [label.top[0] for label in labels] == committed
+        assert [label.wrong for label in labels] == [False] * record.accepted + [refused]
 
 
 @pytest.mark.parametrize("name", ["gammatune", "hf-heuristic"])

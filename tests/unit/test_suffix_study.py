@@ -25,10 +25,12 @@ def test_counts_are_those_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None
     """A few short answers of the real model, plain, with suffix trees and with the drafter."""
     monkeypatch.setattr(suffix_study, "OUTPUT", 12)
     monkeypatch.setattr(suffix_study, "EACH", 1)
-    some = {name: suffix_study.SETTINGS[name] for name in ("suffix tree, 8", "mix tree, 8")}
+    some = {
+        name: suffix_study.SETTINGS[name] for name in ("plain", "suffix tree, 8", "mix tree, 8")
+    }
     monkeypatch.setattr(suffix_study, "SETTINGS", some)
     rows = suffix_study.mixed("smollm2-135m")
-    assert [row["setting"] for row in rows if row["kind"] == "all"] == ["plain", *some]
+    assert [row["setting"] for row in rows if row["kind"] == "all"] == [*some]
     found: dict[Any, Any] = {(row["setting"], row["kind"]): row for row in rows}
     for (setting, kind), row in found.items():
         assert row["tokens"] == (44 if kind == "all" else 11)

@@ -133,7 +133,7 @@ class Suffix(Part):
             if (other.score, other.matched) > (found.score, found.matched):
                 found = other
         if how.tree:
-            return _pruned(found, control)
+            return pruned(found, control)
         count = 0
         while count < len(found.tokens) and control.goes_on(found.confidence[:count]):
             count += 1
@@ -180,7 +180,7 @@ class Suffix(Part):
             del self._outputs.trees[oldest.tenant]
 
 
-def _pruned(found: Found, control: LengthControl) -> Draft:
+def pruned(found: Found, control: LengthControl) -> Draft:
     """What is left of a tree whose every path goes on for as long as the control lets it."""
     draft, parents = Draft(), list[int]()
     ways: dict[int, list[float]] = {-1: []}  #: confidence on the way to each token that is kept
