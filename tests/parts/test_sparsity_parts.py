@@ -101,7 +101,13 @@ def test_tokens_are_those_of_a_request_alone(
     assert run(engine, PROMPTS) == alone(spec), "with the prefixes of the first time"
 
 
-@pytest.mark.parametrize("spec", [*map(rule, PARTS), "knorm:budget=32,sinks=4,every=8"])
+OTHERS = [
+    "knorm:budget=32,sinks=4,every=8",
+    "duoattention:by=random,window=28,sinks=4,of=snapkv,budget=32",
+]
+
+
+@pytest.mark.parametrize("spec", [*map(rule, PARTS), *OTHERS])
 def test_preempted_requests_keep_the_same_again(tiny_folder: Any, alone: Any, spec: str) -> None:
     """Growing dense requests drive others out, one of them in the middle of its output."""
     engine = make_engine(
