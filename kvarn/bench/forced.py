@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvarn.core.model import GroupSpec
 from kvarn.core.request import Request, SamplingParams
-from kvarn.core.seq import Seq
 from kvarn.engine.llm import LLM
 
 
@@ -84,22 +82,11 @@ def force(llm: LLM, cases: Sequence[Case], keep_logprobs: bool = True) -> list[A
             else:
                 answer.chosen += result.tokens[i]
             answer.pages = sum(len(table) for table in said.tables)
-            answer.slots = _slots(said, control.kv.groups)
+            answer.slots = control.kv.seen(said, said.computed - 1) + 1
         control.apply(plan, result, now)
         seen.clear()
     made.tap = None
     return found
-
-
-def _slots(seq: Seq, groups: Sequence[GroupSpec]) -> float:
-    """Positions whose KV is held, of a head in the mean: what the last one saw, and itself."""
-    last = seq.computed - 1
-    if seq.keep:
-        seen = [keep.seen(seq.prompt_len, last) for keep in seq.keep]
-    else:
-        seen = [group.seen(last) for group in groups]
-    heads = [group.n_heads for group in groups]
-    return 1 + sum(n * share for n, share in zip(seen, heads, strict=True)) / sum(heads)
 
 
 def kl(full: Answer, other: Answer) -> list[float]:

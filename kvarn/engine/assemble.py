@@ -11,7 +11,7 @@ import torch
 from kvarn import __version__
 from kvarn.core.config import EngineConfig, Resolved
 from kvarn.core.errors import ConfigError
-from kvarn.core.model import GroupSpec, ModelSpec
+from kvarn.core.model import GroupSpec, ModelSpec, shares_of
 from kvarn.core.part import Cap, Part, find, solve
 from kvarn.core.validate import Limits
 from kvarn.engine.drafter import load_drafter
@@ -100,7 +100,7 @@ class Assembly:
             how = "replayed from captured graphs" if replayed else "launched kernel by kernel"
             steps = {"what": "decode steps", "how": how, "why": f"graphs={config.graphs}"}
             return [steps, *self._verifying(config), *self._selection(replayed), *drafts]
-        apart = any(group.heads for group in self.rules.groups)
+        apart = any(len(owners) > 1 for owners in shares_of(self.rules.groups).values())
         obstacle = decoder.obstacle or ("KV heads lie in several table groups" if apart else None)
         return [
             {

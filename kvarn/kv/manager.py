@@ -71,6 +71,14 @@ class KVManager:
         most = min(len(table) + self.available(group) for group, table in enumerate(seq.tables))
         return most * size - seq.computed
 
+    def seen(self, seq: Seq, start: int) -> float:
+        """Positions that the one at `start` attends to beside itself, of a head in the mean."""
+        found = [group.seen(start) for group in self.groups]
+        for at, keep in enumerate(seq.keep):
+            found[at] = min(found[at], keep.seen(seq.prompt_len, start))
+        heads = [group.n_heads for group in self.groups]
+        return sum(n * share for n, share in zip(found, heads, strict=True)) / sum(heads)
+
     # a sequence's life
 
     def lookup(self, seq: Seq) -> Match | None:

@@ -361,15 +361,9 @@ class ControlPlane:
             return span.start  # it ended after the step was planned
         if seq.select is not None:
             return seq.select.seen(seq.prompt_len, span.start)
-        groups = self.kv.groups
-        if seq.keep:
-            seen = [keep.seen(seq.prompt_len, span.start) for keep in seq.keep]
-        elif self.kv.has_heads:  # windows of whole layers are the cost model's own business
-            seen = [group.seen(span.start) for group in groups]
-        else:
-            return span.start
-        heads = [group.n_heads for group in groups]
-        return sum(n * share for n, share in zip(seen, heads, strict=True)) // sum(heads)
+        if not seq.keep and not self.kv.has_heads:
+            return span.start  # windows of whole layers are the cost model's own business
+        return int(self.kv.seen(seq, span.start))
 
     def stats(self) -> EngineStats:
         """Counters and gauges."""

@@ -151,7 +151,7 @@ class Rules:
             )
 
     def _can_evict(self, part: Sparsity) -> None:
-        if any(group.window is not None for group in self.groups):
+        if any(group.window is not None for group in self.groups) and not part.fixed:
             raise ConfigError(
                 f"sparsity {part.name!r} cannot serve a model with sliding-window layers, "
                 f"which drop positions by a rule of their own; sparsity=none does"

@@ -14,12 +14,16 @@ from torch import Tensor
 from kvarn.core.errors import ConfigError
 from kvarn.core.request import Request, SamplingParams
 from kvarn.engine.engine import Engine
+from kvarn.runner.keeping import Kept
 
 RULE = "duoattention:by=random,sinks=6,window=30,seed={}"
 
 
-def masked_logits(engine: Engine, tokens: list[int]) -> Tensor:
-    """A dense pass in which every head sees what its group's window and sinks leave."""
+def masked_logits(engine: Engine, tokens: list[int], kept: Kept | None = None) -> Tensor:
+    """A dense pass in which every head sees what its group's window and sinks leave.
+
+    Where something was `kept` of the prompt, rows after it see that and the recent ones.
+    """
     decoder, spec = engine.executor.decoder, engine.spec  # type: ignore[attr-defined]
     at = torch.arange(len(tokens), device=decoder.device)
     per_kv = spec.n_heads // spec.n_kv_heads
@@ -30,6 +34,14 @@ def masked_logits(engine: Engine, tokens: list[int]) -> Tensor:
             if group.window is not None and layer in group.layers:
                 near = (at > at.unsqueeze(1) - group.window) | (at < group.sinks)
                 seen[list(group.heads_of(layer))] &= near
+        if kept is not None and (0, layer) in kept.positions:
+            keep, n = kept.keep[0], kept.prompt_len
+            recent = at > at.unsqueeze(1) - keep.recent
+            stays = kept.positions[0, layer][:, : keep.budget - keep.recent]
+            for head, mine in zip(engine.control.kv.groups[0].heads_of(layer), stays):
+                chosen = torch.zeros(len(tokens), dtype=torch.bool, device=q.device)
+                chosen[mine] = True
+                seen[head, n:] &= (recent | chosen)[n:]
         keys, values = (x.repeat_interleave(per_kv, 1) for x in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q, keys) * spec.scale
         hidden = ~seen.repeat_interleave(per_kv, 0)
@@ -52,6 +64,21 @@ def test_heads_see_what_their_group_leaves(tiny_folder: Any, seed: int, attentio
         logits = masked_logits(engine, PROMPT + tokens)
         assert logits[len(PROMPT) - 1 : -1].argmax(-1).tolist() == tokens
     assert engine.control.stats().cached_tokens > 100
+    assert engine.control.check_integrity() == []
+
+
+@pytest.mark.parametrize("of", ["sage-kv", "snapkv", "knorm"])
+@pytest.mark.parametrize("attention", ["cpu", "auto"])
+def test_another_part_chooses_what_stays(tiny_folder: Any, of: str, attention: str) -> None:
+    """In the heads that retrieve, through two rounds of their ring; the others stream."""
+    engine = make_engine(
+        tiny_folder("llama"), sparsity=RULE.format(0) + f",of={of},budget=41", attention=attention
+    )
+    tokens, kept = generate(engine, PROMPT, 60)
+    assert kept is not None and {group for group, _ in kept.positions} == {0}
+    assert engine.control.kv.groups[0].n_heads == 3
+    logits = masked_logits(engine, PROMPT + tokens, kept)
+    assert logits[len(PROMPT) - 1 : -1].argmax(-1).tolist() == tokens
     assert engine.control.check_integrity() == []
 
 
@@ -151,6 +178,11 @@ def test_a_profile_says_who_retrieves(tiny_folder: Any, tmp_path: Path) -> None:
         ("llama", "", {}, "benchmarks/profile_heads.py"),
         ("llama", ":profile=nobody", {}, "known are .*smollm2-135m"),
         ("llama", ":by=lot", {}, "profile or random"),
+        ("llama", ":by=random,budget=64", {}, "of=snapkv"),
+        ("llama", ":by=random,of=quest,budget=64", {}, "scores nothing"),
+        ("llama", ":by=random,of=streamingllm,budget=64", {}, "of its own"),
+        ("llama", ":by=random,of=snapkv", {}, "raise budget"),
+        ("llama", ":by=random,of=snapkv,budget=64", {"speculate": "ngram"}, "speculate=none"),
         ("llama", ":by=random,share=1.5", {}, "0 to 1"),
         ("llama", ":by=random,window=0", {}, "at least 1"),
         ("mistral", ":by=random", {}, "sliding-window"),

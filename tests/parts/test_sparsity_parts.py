@@ -118,9 +118,15 @@ def test_shared_choices_are_those_of_a_request_alone(
     assert alone(every) != alone(spec)
 
 
-@pytest.mark.parametrize(
-    "spec", [*map(rule, PARTS), "knorm:budget=32,sinks=4,every=8", "h2o:budget=32,every=8", *SHARED]
-)
+OTHERS = [
+    "knorm:budget=32,sinks=4,every=8",
+    "h2o:budget=32,every=8",
+    "duoattention:by=random,window=28,sinks=4,of=snapkv,budget=32",
+    *SHARED,
+]
+
+
+@pytest.mark.parametrize("spec", [*map(rule, PARTS), *OTHERS])
 def test_preempted_requests_keep_the_same_again(tiny_folder: Any, alone: Any, spec: str) -> None:
     """Growing dense requests drive others out, one of them in the middle of its output."""
     engine = make_engine(
