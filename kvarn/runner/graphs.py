@@ -267,9 +267,7 @@ def _idle(batch: Batch) -> Batch:
         )
         for rows in batch.groups
     ]
-    return replace(
-        batch, rows=none, tokens=none, positions=none, angles=none, groups=groups
-    )
+    return replace(batch, rows=none, tokens=none, positions=none, angles=none, groups=groups)
 
 
 class CudaCapture:
