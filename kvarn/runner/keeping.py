@@ -148,15 +148,16 @@ class Keeping:
                 mass[:, : before.shape[1]] += before
             seq.mass[layer] = mass
         if watched.target is not None:
-            mass = seq.mass.pop(layer) if layer in seq.mass else None
-            keep = watched.keep
+            sums, keep = seq.mass.get(layer), watched.keep
             if keep.folds:  # what stays is chosen from again: what is new then stays now
                 recent = max(keep.recent, int(keep.budget * seq.part.newest))
                 keep = Keep(keep.budget, recent)
-            stays = chosen(seq.part.score(Prompt(k, mass, layer)), keep, seq.part.sinks)
+            stays = chosen(seq.part.score(Prompt(k, sums, layer)), keep, seq.part.sinks)
             seq.positions[layer] = stays
-            if mass is not None and seq.part.sums:
-                seq.mass[layer] = mass.gather(1, stays)
+            if sums is not None:
+                del seq.mass[layer]
+                if seq.part.sums:
+                    seq.mass[layer] = sums.gather(1, stays)
             k, v = self.backend.read(cache, watched.slots[stays.T])
             self.backend.write(cache, watched.target, k, v)
 

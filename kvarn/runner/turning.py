@@ -1,8 +1,8 @@
 """Positions inside the cache: keys turned before a step (arXiv 2309.17453, section 3.2).
 
 StreamingLLM counts positions inside the cache, so that no distance exceeds what the model was
-trained for. Rotations only know distances, and a row of the ring is rotated by its slot. So what the
-ring holds when a round of it begins moves back by one round, once; and the sinks move along with
+trained for. Rotations only know distances, and a row of the ring is rotated by its slot. So what
+the ring holds moves back by one round, once, when a round begins; and the sinks move along with
 every query, whose slot runs through the ring while its place among what is held is the last. No
 angle is ever of a position beyond the cache, however long the stream.
 """

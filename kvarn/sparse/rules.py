@@ -196,11 +196,6 @@ class Rules:
                 f"sparsity {part.name!r} cannot choose by layer={layer}, whose sliding window "
                 f"has dropped most of the prompt; what would work: {near}"
             )
-        if self.drafts:
-            raise ConfigError(
-                f"sparsity {part.name!r} cannot run with speculation: drafts follow the prompt "
-                f"that was asked, and not what goes on of it; use speculate=none"
-            )
 
     def _can_select(self, part: Sparsity) -> None:
         if all(group.window is not None for group in self.groups):

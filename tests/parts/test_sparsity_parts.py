@@ -156,7 +156,7 @@ def test_requests_choose_how_much_they_see(tiny_folder: Any, alone: Any, name: s
     assert run(engine, PROMPTS, sparsity="snapkv:budget=32,sinks=4") == alone(rule("snapkv"))
 
 
-@pytest.mark.parametrize("spec", [*map(rule, SELECTORS), *SHARED])
+@pytest.mark.parametrize("spec", [*map(rule, [*SELECTORS, "gemfilter"]), *SHARED])
 @pytest.mark.parametrize("proposer", ["ngram", "suffix"])
 @pytest.mark.parametrize("longest", [3, 7])
 def test_drafts_change_nothing(
