@@ -210,3 +210,27 @@ def prefill(result: dict[str, Any]) -> Lines:
             rows,
         ),
     ]
+
+
+def streams(result: dict[str, Any]) -> Lines:
+    """Steps of streams by their length, and windows that are computed anew."""
+    lengths = list(result["results"][0]["step_s"])
+    rows = [
+        [
+            row["budget"], row["batch"], *(1000 * row["step_s"][length] for length in lengths),
+            row["spread"], 1000 * row["anew_s"], row["times_faster"],
+        ]
+        for row in result["results"]
+    ]  # fmt: skip
+    return [
+        f"{result['config']['model']}, random weights, `streamingllm` with "
+        f"{result['workload']['sinks']} sinks: a step [ms] after so many tokens, whose passing was "
+        "told to the engine and not computed; how much the slowest takes more; a window computed "
+        "anew for one token.",
+        "",
+        *table(
+            ["cache", "streams", *(f"after {length}" for length in lengths), "slowest", "anew [ms]",
+             "times faster"],
+            rows,
+        ),
+    ]  # fmt: skip

@@ -51,6 +51,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "reproduce-recall": ("What is recalled, by a model made for it", sparsity.recalled),
     "select": ("What choosing pages costs and saves, on a GPU", sparsity.select_pages),
     "select_decode": ("Long prompts on a GPU, dense and chosen from", sparsity.select_decode),
+    "stream_decode": ("Endless streams on a GPU", sparsity.streams),
     "sparse_decode": ("Long prompts on a GPU, dense and kept in part", sparsity.sparse_decode),
     "sim_routers": ("Routers in simulation", sim.sim_routers),
     "sim_scale": ("How fast the simulator is", sim.sim_scale),

@@ -179,6 +179,8 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
         config.sparsity,
         config.draft_tokens if config.speculate != "none" else 0,
         config.deterministic,
+        config.max_len,
+        spec.max_len,
     )
     if config.draft_shape == "tree":
         _check_trees(rules, spec.name)
@@ -194,7 +196,7 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
     every = groups + (drafter.groups if drafter is not None else [])
     every_pages, ledger = _choose_pages(resolved, model, every, workspace, kv_kind.itemsize)
     pages, draft_pages = every_pages[: len(groups)], every_pages[len(groups) :]
-    runner = build.runner(pages, config.max_len)
+    runner = build.runner(pages, min(config.max_len, spec.max_len))
     seconds["kv cache"] = time.perf_counter() - began
     if runner.graphs is not None:
         began = time.perf_counter()
@@ -380,7 +382,7 @@ def _choose_pages(
     size = config.page_size
     ranks = model.decoder.group
     free, total = free_memory(model.device, ranks.ranks)
-    longest = config.max_len or spec.max_len
+    longest = min(config.max_len or spec.max_len, spec.max_len)  # of what is held of a sequence
     # more than this could never be used
     useful = config.max_seqs * (-(-longest // size) + 1)
     if config.pages == 0:
@@ -415,11 +417,7 @@ def _choose_max_len(resolved: Resolved, spec: ModelSpec, kv: int) -> None:
     room = config.pages * config.page_size
     if room < 1:
         raise ConfigError("no memory is left for one KV page: raise kv_memory or lower max_seqs")
-    if config.max_len > spec.max_len:
-        raise ConfigError(
-            f"max_len={config.max_len} is beyond the model's own limit of {spec.max_len} tokens"
-        )
-    if config.max_len > room:
+    if min(config.max_len, spec.max_len) > room:
         raise ConfigError(
             f"max_len={config.max_len} needs more than the {config.pages} KV pages "
             f"({kv / GIB:.2f} GiB) hold; max_len={room} would fit"

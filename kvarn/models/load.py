@@ -142,9 +142,9 @@ def load(resolved: Resolved, progress: Progress = quiet, group: Collective = ALO
             source = QuantizedWeights(source, scheme)
     own = scheme is not None and scheme.kind == kind
     weights = Converted(source, kind, device, keep=own)
+    longest = min(config.max_len or spec.max_len, spec.max_len)  # a stream's positions end there
     decoder = Decoder(
-        spec, weights, dtype=dtype, device=device, mode=mode, max_len=config.max_len or None,
-        group=group,
+        spec, weights, dtype=dtype, device=device, mode=mode, max_len=longest, group=group,
     )  # fmt: skip
     clock.done("weights")
     if kind != "none":

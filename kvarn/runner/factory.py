@@ -77,7 +77,7 @@ class RunnerFactory:
         most = min(config.max_seqs, config.budget)
         if self.model.device.type != "cuda":
             return workspace_bytes(config.budget, spec.hidden, spec.ffn, spec.vocab, most)
-        longest = min(config.max_len or spec.max_len, config.budget)
+        longest = min(config.max_len or spec.max_len, spec.max_len, config.budget)
         pages = [-(-longest // config.page_size) for _ in self.groups]
         try:
             runner = self.runner(pages, longest)

@@ -150,15 +150,16 @@ class Keeping:
                 new[:, : before.shape[1]] += before
             seq.mass[at] = new
         if watched.target is not None:
-            mass = seq.mass.pop(at, None)
-            keep = watched.keep
+            sums, keep = seq.mass.get(at), watched.keep
             if keep.folds:  # what stays is chosen from again: what is new then stays now
                 recent = max(keep.recent, int(keep.budget * seq.part.newest))
                 keep = Keep(keep.budget, recent)
-            stays = chosen(seq.part.score(Prompt(k, mass, layer)), keep, seq.part.sinks)
+            stays = chosen(seq.part.score(Prompt(k, sums, layer)), keep, seq.part.sinks)
             seq.positions[at] = stays
-            if mass is not None and seq.part.sums:
-                seq.mass[at] = mass.gather(1, stays)
+            if sums is not None:
+                del seq.mass[at]
+                if seq.part.sums:
+                    seq.mass[at] = sums.gather(1, stays)
             k, v = self.backend.read(cache, watched.slots[stays.T])
             self.backend.write(cache, watched.target, k, v)
 

@@ -1,8 +1,8 @@
 """Positions inside the cache: keys turned before a step (arXiv 2309.17453, section 3.2).
 
 StreamingLLM counts positions inside the cache, so that no distance exceeds what the model was
-trained for. Rotations only know distances, and a row of the ring is rotated by its slot. So what the
-ring holds when a round of it begins moves back by one round, once; and the sinks move along with
+trained for. Rotations only know distances, and a row of the ring is rotated by its slot. So what
+the ring holds moves back by one round, once, when a round begins; and the sinks move along with
 every query, whose slot runs through the ring while its place among what is held is the last. No
 angle is ever of a position beyond the cache, however long the stream.
 """
@@ -67,21 +67,22 @@ class Turning:
         ring = positions >= since
         if not ring.any():
             return
-        rows, nth, first, length = (x[ring] for x in (rows, positions - since, first, length))
+        nth = positions - since
+        rows, nth, first, length = (x[ring] for x in (rows, nth, first, length))
         behind = nth % length - (length - 1)  # of the query's slot, to the last one
         new = np.array([row in self._fresh for row in rows.tolist()])
-        where = self._slots(index, rows, 0, count)
+        where = self._slots(index, rows, np.zeros_like(rows), count)
         device = self.ropes[0].cos.device
         slots, which, shift, fresh = upload(
             [where, rows, behind, np.flatnonzero(new)], torch.int64, device
         )
-        again = np.flatnonzero(nth % length == 0)  # a round of the ring begins
-        rounds = list[tuple[Tensor, Tensor]]()
-        for at in again.tolist():
-            by = first[at] - since[ring][at] if nth[at] == 0 else -length[at]
-            held = self._slots(index, rows[at : at + 1], int(first[at]), int(length[at]))
-            round_slots, back = upload([held, np.array([by])], torch.int64, device)
-            rounds.append((round_slots, back))
+        by = np.where(nth == 0, first - since[ring], -length)  # from the text, or the last round
+        rounds = list[list[Tensor]]()
+        begins = nth % length == 0
+        for size in set(length[begins].tolist()):
+            again = np.flatnonzero(begins & (length == size))
+            held = self._slots(index, rows[again], first[again], size)
+            rounds.append(upload([held, by[again]], torch.int64, device))
         for layer in group.layers:
             cache, rope = self.pool.by_group[index][layer], self.ropes[layer]
             heads = len(group.heads_of(layer))
@@ -91,15 +92,15 @@ class Turning:
                 keys[which[fresh]], values[which[fresh]] = k, v
             k = turned(keys[which], rope, shift)
             self.backend.write(cache, slots.flatten(), k.flatten(0, 1), values[which].flatten(0, 1))
-            for round_slots, back in rounds:
-                k, v = self._read(cache, round_slots, heads)
+            for there, back in rounds:
+                k, v = self._read(cache, there, heads)
                 k = turned(k, rope, back)
-                self.backend.write(cache, round_slots.flatten(), k.flatten(0, 1), v.flatten(0, 1))
+                self.backend.write(cache, there.flatten(), k.flatten(0, 1), v.flatten(0, 1))
 
-    def _slots(self, index: int, rows: Ints, first: int, count: int) -> Ints:
+    def _slots(self, index: int, rows: Ints, first: Ints, count: int) -> Ints:
         """[n, count] the slots `first` on of each of `rows`."""
         table, size = self.image.tables[index], self.image.page_size
-        at = np.arange(first, first + count)
+        at = first[:, None] + np.arange(count)
         found: Ints = table[rows[:, None], at // size].astype(np.int64) * size + at % size
         return found
 

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any, cast
 
 from kvarn.core.errors import ConfigError, RequestError, nearest
-from kvarn.core.keep import Filter, Keep, Select
+from kvarn.core.keep import ENDLESS, Filter, Keep, Select
 from kvarn.core.model import GroupSpec, shares_of
 from kvarn.core.part import find
 from kvarn.core.request import Request
@@ -62,9 +62,29 @@ class Rules:
     default: str = NONE
     drafts: int = 0  #: longest draft; 0: the engine does not speculate [tokens]
     deterministic: bool = False  #: whether it promises the same bits in any batch
+    max_len: int = 0  #: longest sequence that is asked for; 0: the model's [tokens]
+    model_len: int = ENDLESS  #: positions that the model knows
 
     def __post_init__(self) -> None:
         self._checked(self.default)
+        if self.endless and not self._streams(self.default):
+            raise ConfigError(
+                f"max_len={self.max_len} is beyond the model's own limit of {self.model_len} "
+                f"tokens; only streams whose positions count in the cache may go on for ever: "
+                f"sparsity=streamingllm with a budget of at most {self.model_len}"
+            )
+
+    @property
+    def endless(self) -> bool:
+        """Whether sequences may be longer than what the model knows."""
+        return self.max_len > self.model_len
+
+    def _streams(self, text: str) -> bool:
+        part = parse(text)
+        keeps = [] if part is None else [part.keep(group, self.n_layers) for group in self.groups]
+        return bool(keeps) and all(
+            keep is not None and keep.turns and keep.budget <= self.model_len for keep in keeps
+        )
 
     @property
     def n_layers(self) -> int:
@@ -113,12 +133,33 @@ class Rules:
                 self._checked(request.sparsity)
             except ConfigError as error:
                 raise RequestError(str(error), param="sparsity", code="invalid_value") from None
+        if self.endless:
+            self._goes_on(request)
         if request.sampling.prompt_logprobs is not None and self.filters(request) is not None:
             raise RequestError(
                 "prompt_logprobs cannot be had of a prompt of which only a part is computed by "
                 "all layers; leave them out, or ask with sparsity=none",
                 param="prompt_logprobs",
                 code="invalid_value",
+            )
+
+    def _goes_on(self, request: Request) -> None:
+        """Refuse what is no stream, or begins with more than the model can see at once."""
+        if not self._streams(request.sparsity or self.default):
+            raise RequestError(
+                f"this engine's max_len={self.max_len} is beyond the model's own limit of "
+                f"{self.model_len} tokens, so it serves nothing but streams: ask with "
+                f"sparsity=streamingllm, or leave it out",
+                param="sparsity",
+                code="invalid_value",
+            )
+        n, streamed = len(request.prompt), self.keeps(request)[0].streamed
+        if n > self.model_len and not streamed:
+            raise RequestError(
+                f"the prompt has {n} tokens, and the model sees at most {self.model_len} at once; "
+                f"sparsity=streamingllm:streamed=true reads it through the window",
+                param="prompt",
+                code="context_length_exceeded",
             )
 
     def _checked(self, text: str) -> None:
@@ -170,11 +211,6 @@ class Rules:
             raise ConfigError(
                 f"sparsity {part.name!r} cannot choose by layer={layer}, whose sliding window "
                 f"has dropped most of the prompt; what would work: {near}"
-            )
-        if self.drafts:
-            raise ConfigError(
-                f"sparsity {part.name!r} cannot run with speculation: drafts follow the prompt "
-                f"that was asked, and not what goes on of it; use speculate=none"
             )
 
     def _can_select(self, part: Sparsity) -> None:

@@ -43,7 +43,8 @@ class Speculation:
         seqs, room, others = list[Seq](), list[int](), 0
         for seq in running:
             most = min(self.most, seq.goal - len(seq.tokens) - seq.pending, spare)
-            if seq.generates and seq.todo == 1 and most > 0:
+            ready = seq.generates and seq.todo == 1 and seq.filter is None
+            if ready and most > 0:
                 seqs.append(seq)
                 room.append(most)
             else:

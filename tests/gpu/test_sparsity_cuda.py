@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from golden import test_head_groups, test_prompt_filter, test_selection
+from golden import test_head_groups, test_prompt_filter, test_selection, test_streams
 from golden.naive import naive_generate
 from golden.test_sparsity import ONE_SHOT, PROMPT, TEXT, generate, make_engine, masked_logits
 
@@ -124,4 +124,29 @@ def test_filtered_prompts(tiny_folder: Any, own: bool, overlap: str) -> None:
     test_prompt_filter.add(engine, "d", PROMPT[5:90], sparsity="none")
     test_prompt_filter.add(engine, "r", PROMPT, sparsity=rule)
     assert test_prompt_filter.run(engine) == wanted
+    engine.close()
+
+
+@pytest.mark.parametrize("graphs", ["off", "on"])
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_streams_beyond_what_the_model_knows(tiny_folder: Any, graphs: str, overlap: str) -> None:
+    """Through many rounds of the ring, past the 512 positions of the tiny model."""
+    engine = make_engine(
+        tiny_folder("llama"), sparsity=test_streams.RULE, max_len=4096, device="cuda",
+        graphs=graphs, overlap=overlap, prefix="none",
+    )  # fmt: skip
+    tokens, _ = generate(engine, PROMPT, 500)
+    host = make_engine(tiny_folder("llama"), sparsity=test_streams.RULE, max_len=4096)
+    logits = test_streams.ranked_logits(host, PROMPT + tokens, 24, 4, 24)
+    assert logits[len(PROMPT) - 1 : -1].argmax(-1).tolist() == tokens
+    engine.close()
+
+
+@pytest.mark.parametrize("every", [1, 12])
+def test_sums_that_go_on(tiny_folder: Any, every: int) -> None:
+    """As without a GPU."""
+    rule = f"h2o:budget=40,every={every}"
+    engine = make_engine(tiny_folder("llama"), sparsity=rule, device="cuda", prefix="none")
+    host = make_engine(tiny_folder("llama"), sparsity=rule, prefix="none")
+    assert generate(engine, PROMPT, 50)[0] == generate(host, PROMPT, 50)[0]
     engine.close()

@@ -179,7 +179,7 @@ def test_what_holds_every_request_cannot_be_left(tiny_folder: Any, name: str) ->
         engine.add(Request("r", PROMPTS[0], sparsity=rule(name)))
 
 
-@pytest.mark.parametrize("spec", [*map(rule, [*SELECTORS, *FIXED]), *SHARED])
+@pytest.mark.parametrize("spec", [*map(rule, [*SELECTORS, *FIXED, "gemfilter"]), *SHARED])
 @pytest.mark.parametrize("proposer", ["ngram", "suffix"])
 @pytest.mark.parametrize("longest", [3, 7])
 def test_drafts_change_nothing(
