@@ -142,14 +142,17 @@ class KVManager:
         Full-attention groups get pages for all known tokens at once, so that a prompt that was let
         in never has to fight for the rest of its pages; window groups go chunk by chunk.
         """
-        size = self.page_size
+        size, known = self.page_size, len(seq.tokens)
+        plain = not seq.keep and seq.filter is None  # a slot for each position, and that is all
         wants: list[int] = []
         for group, spec in enumerate(self.groups):
-            positions = end if spec.window is not None else max(end, len(seq.tokens))
-            positions = self._slots(seq, group, positions)
-            wants.append(max(0, -(-positions // size) - len(seq.tables[group])))
-            if wants[group] + self._spares(seq, group) > self.available(group):
+            positions = known if known > end and spec.window is None else end
+            slots = positions if plain else self._slots(seq, group, positions)
+            want = max(0, -(-slots // size) - len(seq.tables[group]))
+            spares = 0 if plain else self._spares(seq, group)
+            if want + spares > self.available(group):
                 return None
+            wants.append(want)
         edits = []
         for group, want in enumerate(wants):
             if want:
@@ -157,8 +160,7 @@ class KVManager:
                 pages = self._take(group, want, now)
                 edits.append(TableEdit(seq.id, group, len(table), pages))
                 table += pages
-            spares = self._spares(seq, group)
-            if spares:
+            if not plain and (spares := self._spares(seq, group)):
                 seq.spare[group] = self._take(group, spares, now)
         seq.capacity = self._capacity(seq)
         return edits
@@ -171,8 +173,7 @@ class KVManager:
         moves = []
         for group, keep in enumerate(seq.keep):
             if keep.compacts(seq.prompt_len):
-                for page in reversed(seq.tables[group]):
-                    self._let_go(group, page)
+                self._let_go(group, reversed(seq.tables[group]))
                 seq.tables[group], seq.spare[group] = seq.spare[group], []
                 pages = list(seq.tables[group])
                 moves.append(Compaction(seq.id, group, keep.budget, pages))
@@ -288,7 +289,7 @@ class KVManager:
             at = min(len(table), max(0, start - spec.window + 1) // self.page_size) - 1
             stay = spec.sink_pages(self.page_size)
             while at >= stay and table[at] != NO_PAGE:
-                self._let_go(group, table[at])
+                self._let_go(group, (table[at],))
                 table[at] = NO_PAGE
                 at -= 1
 
@@ -325,13 +326,9 @@ class KVManager:
         """
         if keep:
             self.publish(seq, now)
-        for group, table in enumerate(seq.tables):
-            for page in reversed(table):
-                if page != NO_PAGE:
-                    self._let_go(group, page)
-        for group, pages in enumerate(seq.spare):
-            for page in reversed(pages):
-                self._let_go(group, page)
+        for held in (seq.tables, seq.spare):
+            for group, pages in enumerate(held):
+                self._let_go(group, reversed(pages))
         if self.index is not None and seq.cursor is not None:
             self.index.unpin(seq.cursor, now)
         seq.tables, seq.spare, seq.cursor, seq.published = [], [], None, 0
@@ -374,13 +371,16 @@ class KVManager:
             self._idle[group].pop(page, None)
         self.refs[group][page] += 1
 
-    def _let_go(self, group: int, page: PageId) -> None:
-        refs = self.refs[group]
-        refs[page] -= 1
-        if refs[page] == 0:
-            self.free[group].append(page)
-        elif refs[page] == 1 and self.indexed[group][page]:
-            self._idle[group][page] = None
+    def _let_go(self, group: int, pages: Iterable[PageId]) -> None:
+        refs, free, indexed = self.refs[group], self.free[group], self.indexed[group]
+        for page in pages:
+            if page == NO_PAGE:
+                continue
+            refs[page] = left = refs[page] - 1
+            if left == 0:
+                free.append(page)
+            elif left == 1 and indexed[page]:
+                self._idle[group][page] = None
 
     def _reclaim(self, group: int, count: int, now: float) -> None:
         """Turn at least `count` idle pages of `group` into free ones."""
