@@ -9,18 +9,38 @@ from kvarn.bench import online_spec as online
 
 
 def speculation_batches(result: dict[str, Any]) -> Lines:
-    """Synthetic acceptance against batch size."""
-    batches = list(dict.fromkeys(row["batch"] for row in result["results"]))
-    kinds = list(dict.fromkeys(row["kind"] for row in result["results"]))
-    ratio = {(row["kind"], row["batch"]): row["ratio"] for row in result["results"]}
-    rows = [[kind, *(ratio.get((kind, batch)) for batch in batches)] for kind in kinds]
-    return [
+    """Synthetic acceptance against batch size, and a drafter that was trained."""
+    lines = [
         f"{result['config']['model']}, random weights, **synthetic acceptance** (each draft is "
         "accepted with the probability named) and drafts that cost nothing: output rate over that "
         "without speculation in the same run, by batch size.",
         "",
-        *table(["kind", *map(str, batches)], rows),
+        *_by_batch(result["results"]),
     ]
+    if "drafter_results" in result:
+        model = result["drafter_config"]["model"]
+        lines += [
+            "",
+            f"{model} with the drafter that comes with kvarn, greedy, on questions about what it "
+            "was not trained on:",
+            "",
+            *_by_batch(result["drafter_results"]),
+        ]
+    return lines
+
+
+def _by_batch(results: list[dict[str, Any]]) -> Lines:
+    """Ratios by kind and batch size; expected tokens a round where they are told."""
+    batches = list(dict.fromkeys(row["batch"] for row in results))
+    ratio = {(row["kind"], row["batch"]): row["ratio"] for row in results}
+    told = {row["kind"]: row.get("expected_tokens") for row in results}
+    names, extra = ["kind"], any(told.values())
+    names += ["expected tokens a round"] if extra else []
+    rows = [
+        [kind, *([tokens] if extra else []), *(ratio.get((kind, batch)) for batch in batches)]
+        for kind, tokens in told.items()
+    ]
+    return table([*names, *map(str, batches)], rows)
 
 
 def drafter(result: dict[str, Any]) -> Lines:

@@ -68,6 +68,8 @@ class EngineStats:
     output_tokens: int = 0
     drafted_tokens: int = 0  #: proposed by speculation and verified
     accepted_tokens: int = 0  #: of those, accepted
+    verify_steps: int = 0  #: steps with drafts in them
+    replayed_verify_steps: int = 0  #: of those, replayed whole from captured graphs
     steps: int = 0
     finished: dict[str, int] = field(default_factory=dict)  #: by finish reason
     trainer: TrainerStats | None = None  #: None: the drafter does not learn

@@ -25,7 +25,7 @@ from kvarn.core.validate import validate
 from kvarn.engine.assemble import Assembly, assemble
 from kvarn.engine.ranks import on_ranks
 from kvarn.engine.text import TextTap
-from kvarn.runner.executor import Pending
+from kvarn.runner.executor import Pending, Runner
 from kvarn.schedule.control import Progress
 from kvarn.speculate.speculation import Speculation
 
@@ -274,6 +274,8 @@ class Engine:
     def stats(self) -> EngineStats:
         """Counters and gauges of now."""
         found = self.control.stats()
+        if isinstance(self.executor, Runner):
+            found.replayed_verify_steps = self.executor.replayed["verify"]
         if self.speculation is not None and self.speculation.trainer is not None:
             found.trainer = self.speculation.trainer.stats()
         return found

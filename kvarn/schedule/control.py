@@ -72,6 +72,7 @@ class _Counters:
     output_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    verify_steps: int = 0
     finished: dict[str, int] = field(default_factory=dict)
     queue_time: float = 1.0  #: moving average of the time to admission [s]
 
@@ -206,6 +207,7 @@ class ControlPlane:
         self._drafted = []
         count = self._count
         count.preemptions += len(step.preempted)
+        count.verify_steps += bool(plan.drafts)
         for seq in step.admitted:
             count.prompt_tokens += len(seq.request.prompt)
             count.cached_tokens += seq.cached
@@ -380,6 +382,7 @@ class ControlPlane:
             output_tokens=count.output_tokens,
             drafted_tokens=count.drafted_tokens,
             accepted_tokens=count.accepted_tokens,
+            verify_steps=count.verify_steps,
             steps=self._step,
             finished=dict(count.finished),
         )

@@ -48,6 +48,11 @@ class EngineState(Collector):
             "drafted_tokens": ("tokens that speculation proposed", s.drafted_tokens),
             "accepted_draft_tokens": ("of those, accepted", s.accepted_tokens),
             "steps": ("engine steps", s.steps),
+            "verify_steps": ("steps that verified drafts", s.verify_steps),
+            "verify_steps_replayed": (
+                "of those, replayed whole from captured graphs",
+                s.replayed_verify_steps,
+            ),
             "engine_restarts": ("engine processes started after the first", self.restarts),
         }
         for name, (text, value) in counters.items():

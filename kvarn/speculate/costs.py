@@ -1,8 +1,8 @@
 """`Measured`: what steps and drafts cost here and now, learnt from the steps themselves.
 
-Times are wall times: whatever the host adds to a step counts. Steps that verify drafts are a kind of
-their own: what they follow must be known before they are planned, so the host's part of them is not
-hidden behind the step before. The first plain step after one of these pays for the same once
+Times are wall times: whatever the host adds to a step counts. Steps that verify drafts are a kind
+of their own: what they follow must be known before they are planned, so the host's part of them is
+not hidden behind the step before. The first plain step after one of these pays for the same once
 (`back`), and says nothing of plain steps.
 
 The time of a size is the mean of the middle half of its last few, so that a step that compiled or
@@ -18,7 +18,7 @@ LAST = (
     32  #: times of a size that count: contexts grow meanwhile, but steps vary by a tenth and more
 )
 FINE = 8  #: classes from one power of two to the next
-NEAR, APART = 1.25, 2.0  #: a size is known this near to one that was seen, or this far from two
+NEAR, APART = 1.25, 2.0  #: a size is known up to so far above the largest seen, below the least
 
 
 class Measured:
@@ -104,9 +104,11 @@ class _Curve:
         if size in self._seconds:
             return True
         after = bisect_left(sizes, size)
-        more = sizes[after] / size if after < len(sizes) else APART + 1
-        less = size / sizes[after - 1] if after else APART + 1
-        return min(more, less) <= NEAR or max(more, less) <= APART
+        if 0 < after < len(sizes):
+            return True
+        if after:
+            return size <= NEAR * sizes[-1]
+        return bool(sizes) and sizes[0] <= APART * size
 
     def at(self, size: int) -> float:
         sizes, seconds = self._sizes, self._seconds
@@ -122,4 +124,4 @@ class _Curve:
         left, right = sizes[first], sizes[last]
         slope = max(0.0, (seconds[right] - seconds[left]) / (right - left))
         near = sizes[max(0, after - 1)]
-        return max(0.0, seconds[near] + slope * (size - near))
+        return max(seconds[near] / APART, seconds[near] + slope * (size - near))

@@ -1,9 +1,10 @@
 """A budget for the whole batch: draft where a token is likely to survive, while that pays.
 
 Position i of a draft survives with probability a^i, a being what the sequence's drafts have been
-accepted with, drawn towards the acceptance of all: the largest of many noisy shares is luck. Where
+accepted with, drawn towards the acceptance of all: the largest of many noisy shares is luck, and
+how far they are drawn follows from how much sequences differ beyond luck (James and Stein). Where
 drafts are trees, of w tokens a level so far, it is a level that survives, and its tokens share
-that. The tokens of all sequences are taken in falling order of survival; of the numbers of them,
+that. The tokens of all sequences are taken in falling order of survival; of some numbers of them,
 the one with the most expected tokens a second is drafted, by the measured times of steps with
 drafts. None is a candidate like any other, by the measured times of steps without, which are
 planned ahead and so cost less than such a step with no drafts in it.
@@ -11,14 +12,16 @@ planned ahead and so cost less than such a step with no drafts in it.
 An account bounds what may be lost (ours; the measure is the utility of arXiv 2506.20675 over the
 batch). It is kept in plain steps. Every round without drafts pays `SHARE` of a step into it; every
 round with drafts pays in what it gained over plain steps, or takes out what it lost, by the tokens
-and the time that it really took. Drafts that the estimates speak for are made while the account is
-not empty. Where the estimates speak against them, or know nothing, they are tried, `TRIAL` rounds
-at one length for everybody, when the account can pay for that. So all that is ever lost is what the
-account began with and `SHARE` of the time, whatever the estimates say.
+and the time that it really took. Drafts that the estimates speak for are made while there is
+something in it. Where the estimates speak against them, or know nothing, they are tried, `TRIAL`
+rounds at one length, by as many sequences as the account can pay for, and after each such trial
+half as often. So what is lost is what the account holds at first, and `SHARE` of the time, whatever
+the estimates say.
 
-Regime: the default. It needs times that repeat: what drafts gain must show within some dozen rounds.
+Regime: the default. It needs times that repeat, and some dozen rounds to see what drafts gain.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,19 +31,25 @@ from kvarn.speculate.part import Costs, Round, Verified
 
 PRIOR, WEIGHT = 0.5, 12  #: acceptance of a drafted token while nothing has been seen; judged tokens
 KEEP, KEEP_ALL = 0.97, 0.998  #: weight of the past at each judged token: a sequence's, of all
-OTHERS = 16  #: judged tokens that the acceptance of all counts as in a sequence's own
+OTHERS = 16  #: judged tokens that the acceptance of all counts as, where few sequences run,
+MANY, ALIKE = 4, 1e4  #: fewer than this; and where they do not differ at all
 FOUND = 0.95  #: weight of the past in the share of asked tokens that the proposer finds, by round
-PAYS = 1.02  #: drafts must promise this many times the tokens a second of none
-SHARE = 0.01  #: of the time without drafts, what may be lost by trying them
-FIRST, MOST = 3.0, 6.0  #: the account's beginning, and its most [plain steps]
-DEAREST = 2.0  #: a round loses no more than this [plain steps]: longer ones were a capture, say
-TRIAL, LENGTHS = 3, (3, 1, 5, 2)  #: rounds of a trial, and the lengths of trials, in turn
-LEAST_LOSS = 0.05  #: of a round on trial, at least, as far as the estimates know [plain steps]
+BEGINS, STAYS = 1.08, 1.04  #: gain over no drafts that must be promised after a round without, with
 PLAIN = 4  #: rounds without drafts that measure the plain step: the first does not count
 REFRESH = 200  #: rounds with drafts after which it is measured again
 GRID = 24  #: numbers of drafted tokens that are compared
-LOOK = 16  #: once in so many rounds another number is drafted, to learn its time:
+LOOK = 32  #: once in so many rounds another number is drafted, to learn its time:
 ASIDE = 0.8, 1.25, 0.6  #: these shares of the best one, in turn
+
+SHARE = 0.01  #: of the time without drafts, what may be lost by trying them
+FIRST, MOST = 2.0, 3.0  #: what the account holds at first, and at most, for many sequences
+LUCK = 1.0  #: both are larger by this over the root of their number: the tokens of few are luck
+DEAREST = 2.0  #: a round loses no more than this: longer ones were a capture, say
+
+TRIAL, LENGTHS = 3, (3, 1, 5, 2)  #: rounds of a trial, and the lengths of trials, in turn
+FEWER = 1, 2, 4, 8  #: one of so many sequences takes part: as many as the account can pay for
+SHORTEST_PAUSE, LONGEST_PAUSE = 8, 256  #: rounds between two trials, doubled each time
+LEAST_LOSS = 0.05  #: of a round on trial, at least, as far as the estimates know
 
 
 @dataclass(slots=True)
@@ -58,6 +67,52 @@ class _Past:
         self.fade(keep**judged)
         self.accepted += accepted
         self.judged += judged
+
+    @property
+    def share(self) -> float:
+        return self.accepted / self.judged
+
+
+@dataclass(slots=True)
+class _Account:
+    """What may still be lost [plain steps]."""
+
+    holds: float = 0.0
+    most: float = 0.0  #: 0 before the first round
+
+    def open(self, seqs: int) -> None:
+        """So many sequences run now."""
+        luck = 1.0 + LUCK / math.sqrt(seqs)
+        if self.most == 0.0:
+            self.holds = FIRST * luck
+        self.most = MOST * luck
+
+    def add(self, gain: float) -> None:
+        """Pay in, or out."""
+        self.holds = min(self.most, self.holds + max(gain, -DEAREST))
+
+
+@dataclass(slots=True)
+class _Trials:
+    """When drafts are tried against the estimates, and at which length."""
+
+    left: int = 0  #: rounds of the one under way
+    fewer: int = 1  #: one of so many sequences takes part
+    wait: int = 0  #: rounds to the next
+    pause: int = SHORTEST_PAUSE  #: rounds after that one
+    count: int = 0
+
+    @property
+    def length(self) -> int:
+        """Of the trial under way, or else of the next."""
+        return LENGTHS[self.count % len(LENGTHS)]
+
+    def goes_on(self) -> None:
+        """A round of the trial is made."""
+        self.left -= 1
+        if self.left == 0:
+            self.count += 1
+            self.wait, self.pause = self.pause, min(2 * self.pause, LONGEST_PAUSE)
 
 
 @dataclass(slots=True)
@@ -83,8 +138,8 @@ class Survival(Part):
     name, kind = "survival", "draft-length"
     needs = frozenset({Cap.STEP_TIMES})
     regime = (
-        "The default: gives drafts up where they do not pay, and loses at most some hundredth of "
-        "the time by finding out. Loses to the best fixed length where that is known."
+        "The default: gives drafts up where they do not pay, and loses about a hundredth of the "
+        "time by finding out. Loses to the best fixed length where that is known."
     )
 
     def __init__(self) -> None:
@@ -92,11 +147,9 @@ class Survival(Part):
         self._all = _Past(PRIOR * WEIGHT, WEIGHT)  # of every sequence, those that ended too
         self._shape = _Shape()
         self._found = 1.0  # of the tokens asked for, the share that the proposer finds
-        self._account = FIRST
+        self._account, self._trials = _Account(), _Trials()
         self._resting = 0  # rounds left that measure the plain step
         self._since = 0  # rounds with drafts since it was measured
-        self._trial = 0  # rounds left of the trial under way
-        self._trials = 0
         self._round = 0
         self._asked = 0  # tokens, in the round under way; 0: none
         self._least = 0.0  # survival below which a token costs more than it brings
@@ -107,7 +160,7 @@ class Survival(Part):
         """While the plain step is measured."""
         self._round += 1
         if self._resting == 0 and self._since >= REFRESH:
-            self._rest()
+            self._resting, self._since = PLAIN, 0
         if self._resting == 0:
             return False
         self._resting -= 1
@@ -118,36 +171,31 @@ class Survival(Part):
         """Tokens for each sequence; all 0 while drafts do not pay."""
         n, costs = len(round_.seqs), round_.costs
         if not costs.knows(n):
-            self._rest()
+            self._resting, self._since = PLAIN - 1, 0
             self._goes_plain()
             return [0] * n
         self._plain = costs.step(n)
         self._back = min(costs.back() / self._plain, DEAREST)
+        self._account.open(n)
         lengths, gain = self._best(round_)
-        if self._trial == 0 and gain < PAYS and self._can_try(costs, n):
-            self._trial = TRIAL
-        if self._trial > 0:
-            lengths = [min(self._tried, room) for room in round_.room]
-            self._trial -= 1
-            self._trials += self._trial == 0
-        elif gain < PAYS or self._account <= 0.0:
-            lengths = [0] * n
-        if not any(lengths):
+        pays = gain >= (STAYS if self._asked else BEGINS)
+        if pays:
+            self._trials.pause = SHORTEST_PAUSE
+        else:
+            lengths = self._tried(round_)
+        if self._account.holds <= 0.0 or not any(lengths):
             self._goes_plain()
-            return lengths
+            return [0] * n
         self._since += 1
         self._asked = sum(lengths)
         return lengths
 
     def goes_on(self, confidence: Sequence[float]) -> bool:
         """While what has been drafted is likely enough to stand."""
-        reach = 1.0
-        for sure in confidence:
-            reach *= sure
-        return reach >= self._least
+        return math.prod(confidence) >= self._least
 
     def observe(self, records: Sequence[Verified], step: float, draft: float) -> None:
-        """Acceptance by sequence: of the tokens that were judged, how many stood."""
+        """What was accepted, found, gained and lost."""
         drafted = tokens = 0
         for one in records:
             tokens += one.accepted + 1
@@ -160,67 +208,79 @@ class Survival(Part):
             self._past.setdefault(one.seq, _Past()).add(one.accepted, one.judged, KEEP)
             self._all.add(one.accepted, one.judged, KEEP_ALL)
             self._shape.add(one.drafted, one.depth)
-        if self._asked:
-            share = min(1.0, drafted / self._asked)
-            self._found = FOUND * self._found + (1.0 - FOUND) * share
-        if self._asked and step > 0.0 and records:
-            loss = (step + draft) / self._plain - tokens / len(records)
-            self._account = min(MOST, self._account - min(loss, DEAREST))
+        if not self._asked:
+            return
+        self._found += (1.0 - FOUND) * (min(1.0, drafted / self._asked) - self._found)
+        if step > 0.0 and records:
+            self._account.add(tokens / len(records) - (step + draft) / self._plain)
 
     def forget(self, seq: SeqId) -> None:
         """Drop what is known of it."""
         self._past.pop(seq, None)
 
-    @property
-    def _tried(self) -> int:
-        """Length of the trial under way, or of the next."""
-        return LENGTHS[self._trials % len(LENGTHS)]
-
-    def _rest(self) -> None:
-        self._resting, self._since = PLAIN - 1, 0
-
     def _goes_plain(self) -> None:
         """A round without drafts."""
-        self._account = min(MOST, self._account + SHARE - (self._back if self._asked else 0.0))
+        self._account.add(SHARE - (self._back if self._asked else 0.0))
         self._asked = 0
 
-    def _can_try(self, costs: Costs, n: int) -> bool:
-        """Whether the account pays for a trial of the next length."""
-        share, length = self._all.accepted / self._all.judged, self._tried
-        levels = range(1, int(length / self._shape.width) + 1)
-        tokens = 1.0 + self._found * sum(share**i for i in levels)
-        seconds = costs.verifying(n * (1 + length)) + costs.draft(n, length)
-        loss = max(seconds / self._plain - tokens, LEAST_LOSS)
-        return self._account >= TRIAL * loss + self._back
+    def _tried(self, round_: Round) -> list[int]:
+        """Lengths of a trial, if one is under way or due."""
+        trials, n = self._trials, len(round_.seqs)
+        trials.wait -= 1
+        if trials.left == 0 and trials.wait <= 0:
+            trials.fewer = self._affordable(round_.costs, n)
+            trials.left = TRIAL if trials.fewer else 0
+        lengths = [0] * n
+        if trials.left:
+            for place in range(self._round % trials.fewer, n, trials.fewer):
+                lengths[place] = min(trials.length, round_.room[place])
+            trials.goes_on()
+        return lengths
 
-    def _of(self, seq: SeqId, share: float) -> float:
-        """Acceptance to expect: its own as far as it is known, else that of all."""
-        past = self._past.get(seq)
-        if past is None:
-            return share
-        return (past.accepted + OTHERS * share) / (past.judged + OTHERS)
+    def _affordable(self, costs: Costs, n: int) -> int:
+        """One of how many sequences the account lets try the next length; 0: none."""
+        length = self._trials.length
+        levels = range(1, int(length / self._shape.width) + 1)
+        tokens = self._found * sum(self._all.share**i for i in levels)
+        for fewer in FEWER:
+            some = -(-n // fewer)
+            seconds = costs.verifying(n + some * length) + costs.draft(some, length)
+            loss = max(seconds / self._plain - 1.0 - tokens * some / n, LEAST_LOSS)
+            if self._account.holds >= TRIAL * loss + self._back:
+                return fewer
+        return 0
+
+    def _shares(self, round_: Round) -> list[float]:
+        """Acceptance to expect of each: its own as far as it is known, else that of all."""
+        known = [self._past.get(seq.id) for seq in round_.seqs]
+        own = [past for past in known if past is not None and past.judged >= 1.0]
+        all_, others = self._all.share, float(OTHERS)
+        if len(own) >= MANY:
+            luck = all_ * (1.0 - all_)
+            spread = sum((past.share - all_) ** 2 - luck / past.judged for past in own) / len(own)
+            others = min(ALIKE, luck / spread) if spread > 0.0 else ALIKE
+        return [
+            all_ if past is None else (past.accepted + others * all_) / (past.judged + others)
+            for past in known
+        ]
 
     def _best(self, round_: Round) -> tuple[list[int], float]:
         """The lengths with the most tokens a second, and their gain over none."""
         costs, n = round_.costs, len(round_.seqs)
-        all_, tokens = self._all.accepted / self._all.judged, list[tuple[float, int]]()
-        width = self._shape.width
-        for place, seq in enumerate(round_.seqs):
-            share = reach = self._of(seq.id, all_)
-            for count in range(1, round_.room[place] + 1):
-                tokens.append((reach / width, place))
+        tokens, width = list[tuple[float, int, int]](), self._shape.width
+        for place, (share, room) in enumerate(zip(self._shares(round_), round_.room)):
+            reach, turn = share, (place + self._round) % n  # of equals, not always the same
+            for count in range(1, room + 1):
+                tokens.append((reach / width, turn, place))
                 if int(count / width) > int((count - 1) / width):  # the next has a new level
                     reach *= share
         tokens.sort(reverse=True)
         best, best_rate, self._least = 0, n / self._plain, 1.0
-        expected, taken, longest = float(n), 0, [0] * n
+        expected, taken = float(n), 0
         for part in range(1, GRID + 1):
             count = len(tokens) * part // GRID
-            for reach, place in tokens[taken:count]:
-                expected += self._found * reach
-                longest[place] += 1
-            taken = count
-            asked = int(self._found * count)
+            expected += self._found * sum(one[0] for one in tokens[taken:count])
+            taken, asked = count, int(self._found * count)
             seconds = costs.verifying(n + asked) + costs.draft(n, -(-asked // n))
             if expected / seconds > best_rate and count:
                 best, best_rate, self._least = count, expected / seconds, tokens[count - 1][0]
@@ -228,7 +288,7 @@ class Survival(Part):
             aside = ASIDE[self._round // LOOK % len(ASIDE)]
             best = min(int(best * aside), len(tokens))
         lengths = [0] * n
-        for _, place in tokens[:best]:
+        for _, _, place in tokens[:best]:
             lengths[place] += 1
         self._least *= 0.5  # a draft's own confidence may say more than its sequence's past
         return lengths, best_rate * self._plain / n
