@@ -30,7 +30,7 @@ class KNorm(OneShot):
 
     every: int = 0  #: steps between choices, whose positions the budget includes; 0: one choice
 
-    def keep(self, group: GroupSpec, n_layers: int) -> Keep:
+    def keep(self, group: GroupSpec, n_layers: int) -> Keep | None:
         """See `Sparsity`."""
         if self.every:
             return Keep(self.budget, self.every, folds=True)
