@@ -8,6 +8,7 @@ See `kvarn/bench/head_profile.py` for what is measured. The file says how it was
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from kvarn.bench.head_profile import FIRST_SEED, profile, texts_of
 from kvarn.core.config import resolve
@@ -39,7 +40,14 @@ def main() -> None:
         "tokens": [len(text.tokens) for text in texts],
         "scores": [[round(score, 6) for score in row] for row in scores],
     }  # fmt: skip
-    said.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    said.out.write_text(written(found), encoding="utf-8")
+
+
+def written(found: dict[str, Any]) -> str:
+    """JSON with a line for each entry, and for the scores of each layer."""
+    entries = [f'"{key}": {json.dumps(value)}' for key, value in found.items() if key != "scores"]
+    rows = ",\n  ".join(map(json.dumps, found["scores"]))
+    return "{\n " + ",\n ".join(entries) + f',\n "scores": [\n  {rows}\n ]\n}}\n'
 
 
 if __name__ == "__main__":

@@ -23,28 +23,24 @@ class Layers:
     """The layers of one runner and the table groups that their KV heads lie in."""
 
     def __init__(self, spec: ModelSpec, groups: Sequence[GroupSpec], device: torch.device) -> None:
-        owners = shares_of(groups)
-        found = [[groups[at].heads_of(layer) for at in mine] for layer, mine in owners.items()]
-        counts = {
-            (index, len(heads))
-            for mine, parts in zip(owners.values(), found)
-            for index, heads in zip(mine, parts)
-        }
+        self.kinds: list[Kind] = []
+        self.parts: list[list[int]] = []  #: by layer: the kinds of its parts, as indices
+        self.heads: list[list[Heads]] = []  #: and their heads; []: one part, with all of them
         per_kv = spec.n_heads // spec.n_kv_heads
-        self.kinds = [Kind(index, count * per_kv, count) for index, count in sorted(counts)]
-        where = {(kind.group, kind.n_kv_heads): at for at, kind in enumerate(self.kinds)}
-        #: by layer: the kind of each part, as an index, and its heads
-        self.parts = [
-            [
-                (where[index, len(heads)], Heads.of(heads, spec.n_heads, spec.n_kv_heads, device))
-                for index, heads in zip(mine, parts)
+        for layer, owners in shares_of(groups).items():
+            lists = [groups[index].heads_of(layer) for index in owners]
+            mine = [
+                Kind(index, len(heads) * per_kv, len(heads))
+                for index, heads in zip(owners, lists, strict=True)
             ]
-            for mine, parts in zip(owners.values(), found)
-        ]
+            self.kinds += [kind for kind in mine if kind not in self.kinds]
+            self.parts.append([self.kinds.index(kind) for kind in mine])
+            shape = (spec.n_heads, spec.n_kv_heads, device)
+            self.heads.append([Heads.of(x, *shape) for x in lists] if len(lists) > 1 else [])
         #: by layer: its kind; None where the heads of some layer lie apart
         self.whole: list[int] | None = None
-        if all(len(parts) == 1 for parts in self.parts):
-            self.whole = [parts[0][0] for parts in self.parts]
+        if not any(self.heads):
+            self.whole = [kinds[0] for kinds in self.parts]
 
     def plans(
         self, made: Sequence[Any], seen: Callable[[int, int, Any], Any] | None = None
@@ -52,13 +48,10 @@ class Layers:
         """The plan of each layer, of those `made` of each kind; `seen(group, layer, plan)` may put
         another around it."""
         found: list[Any] = []
-        for layer, parts in enumerate(self.parts):
-            plans = [made[kind] for kind, _ in parts]
+        for layer, (kinds, heads) in enumerate(zip(self.parts, self.heads, strict=True)):
+            plans = [made[kind] for kind in kinds]
             if seen is not None:
-                plans = [
-                    seen(self.kinds[kind].group, layer, plan)
-                    for (kind, _), plan in zip(parts, plans)
-                ]
-            heads = [heads for _, heads in parts]
-            found.append(plans[0] if len(plans) == 1 else HeadsPlan(list(zip(heads, plans))))
+                groups = [self.kinds[kind].group for kind in kinds]
+                plans = [seen(group, layer, plan) for group, plan in zip(groups, plans)]
+            found.append(HeadsPlan(list(zip(heads, plans))) if heads else plans[0])
         return found

@@ -21,7 +21,7 @@ class Folding(OneShot):
 
     newest: ClassVar[float] = 0.25
 
-    def keep(self, group: GroupSpec, n_layers: int) -> Keep:
+    def keep(self, group: GroupSpec, n_layers: int) -> Keep | None:
         """See `Sparsity`."""
         if self.every:
             return Keep(self.budget, self.every, self.watch, folds=True)

@@ -94,7 +94,7 @@ class OneShot(Sparsity):
         """Whether queries see the sinks at their place in the cache, not in the text."""
         return False
 
-    def keep(self, group: GroupSpec, n_layers: int) -> Keep:
+    def keep(self, group: GroupSpec, n_layers: int) -> Keep | None:
         """See `Sparsity`."""
         return Keep(self.budget, self.recent or self.budget // 4, self.watch)
 

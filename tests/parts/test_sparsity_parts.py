@@ -121,7 +121,7 @@ def test_shared_choices_are_those_of_a_request_alone(
 OTHERS = [
     "knorm:budget=32,sinks=4,every=8",
     "h2o:budget=32,every=8",
-    "duoattention:by=random,window=28,sinks=4,of=snapkv,budget=32",
+    "duoattention:by=random,window=28,sinks=4,of=snapkv,budget=60",
     *SHARED,
 ]
 
