@@ -66,12 +66,13 @@ class Seq:
         """Tokens generated and committed."""
         return len(self.tokens) - self.prompt_len
 
-    def go_on(self, chosen: list[int]) -> None:
-        """Nothing is computed yet, and only these positions of what was asked are the prompt."""
+    def go_on(self, chosen: list[int], keep: tuple[Keep, ...]) -> None:
+        """Nothing is computed yet, and only these positions of what was asked are the prompt, of
+        whose KV the rule `keep` says what stays."""
         asked = self.request.prompt
         self.goal -= len(asked) - len(chosen)
         self.tokens = [asked[at] for at in chosen]
-        self.filter, self.chosen = None, chosen
+        self.filter, self.chosen, self.keep = None, chosen, keep
 
     @property
     def todo(self) -> int:

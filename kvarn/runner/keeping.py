@@ -62,8 +62,8 @@ class Keeping:
 
     def start(self, start: SeqStart) -> Kept | None:
         """Remember a sequence, if anything of it will go."""
-        part = self.rules.part(start.request)
-        if isinstance(part, OneShot) and start.keep:
+        part = self.rules.evicts(start.request)
+        if part is not None and start.keep:
             self.seqs[start.seq] = Kept(part, start.keep, start.prompt_len)
         return self.seqs.get(start.seq)
 

@@ -141,6 +141,7 @@ class ControlPlane:
         stops = set(params.stop_token_ids)
         if not params.ignore_eos or params.grammar is not None:  # a grammar ends by eos
             stops.update(request.eos_ids)
+        rule = self.filters(request) if generates else None
         seq = Seq(
             id=self._next_seq,
             request=request,
@@ -150,9 +151,9 @@ class ControlPlane:
             order=(request.priority, self._next_seq),
             generates=generates,
             stops=frozenset(stops),
-            keep=self.keeps(request) if generates else (),
+            keep=self.keeps(request) if generates and rule is None else (),
             select=self.selects(request),
-            filter=self.filters(request) if generates else None,
+            filter=rule,
         )
         self._next_seq += 1
         return seq
@@ -247,10 +248,11 @@ class ControlPlane:
         if seq.status is Status.RUNNING:
             self._leave(seq, now)
             self.queues.enqueue(seq)
-        seq.go_on(chosen)
+        keep = self.keeps(seq.request)
+        seq.go_on(chosen, keep)
         for other in self._by_request[seq.request.id]:
             if other.filter is not None and other.status is Status.WAITING:
-                other.go_on(chosen)
+                other.go_on(chosen, keep)
 
     def _settle(self, seq: Seq, drafts: int, accepted: int) -> None:
         """Of `drafts` positions computed at the end of `seq`, only the `accepted` first count."""

@@ -15,6 +15,8 @@ Which layer knows differs by model: 13 of 32 in Llama-3.1-8B, 19 of 40 in Mistra
 below the middle finds a needle (`kvarn reproduce gemfilter`). The last is the default, since it is
 the safest; name a `layer` that a sweep has found, and the prompt is cheaper.
 
+With `then` another part evicts from what went on, down to `stays` positions of every head.
+
 Regime: one question about a long prompt. Loses what needs more of the prompt than goes on, or two
 places of which the question names one (results: docs/sparsity.md).
 """

@@ -35,7 +35,7 @@ class H2O(Folding):
 
     sinks: int = 0
 
-    def keep(self, group: GroupSpec, n_layers: int) -> Keep:
+    def keep(self, group: GroupSpec, n_layers: int) -> Keep | None:
         """See `Sparsity`: half of the budget is recent, as in the paper."""
         if self.every:
             return Folding.keep(self, group, n_layers)

@@ -18,12 +18,12 @@ Shapes: q [t, Hq, d] and k [L, Hkv, d] of one layer and one sequence, rotated as
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from kvarn.core.errors import ConfigError
 from kvarn.core.keep import Filter, Keep, Select
 from kvarn.core.model import GroupSpec
-from kvarn.core.part import Cap, Part
+from kvarn.core.part import Cap, Part, find
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -203,6 +203,8 @@ class PromptFilter(Sparsity):
     recent: int = 32  #: and the last
     layer: int = -1  #: whose queries choose; -1: `depth` of the way up
     upper: float = 1.0  #: pages for the layers after it, over those for it (an engine's own part)
+    then: str = ""  #: a part that evicts, for the KV of what goes on; none: it stays
+    stays: int = 0  #: its budget; 0: half of `budget`
 
     depth: ClassVar[float] = 0.7  #: of the layer that chooses, where none is named
 
@@ -218,6 +220,23 @@ class PromptFilter(Sparsity):
             if others:
                 found.append(replace(group, layers=others, share=self.upper))
         return found
+
+    def after(self) -> OneShot | None:
+        """The part that evicts from what goes on."""
+        if not self.then:
+            return None
+        part: Any = find("sparsity", self.then)
+        if not issubclass(part, OneShot):
+            raise ConfigError(
+                f"sparsity {self.name!r}: then={self.then} must be a part that evicts after the "
+                f"prompt, as sage-kv or snapkv"
+            )
+        return cast(OneShot, part(self.stays or self.budget // 2))
+
+    def keep(self, group: GroupSpec, n_layers: int) -> Keep | None:
+        """See `Sparsity`: of the prompt that goes on."""
+        part = self.after()
+        return None if part is None else part.keep(group, n_layers)
 
     def filter(self, n_layers: int) -> Filter:
         """See `Sparsity`."""
@@ -241,6 +260,14 @@ class PromptFilter(Sparsity):
             raise ConfigError(
                 f"sparsity {self.name!r}: budget={self.budget} is below sinks + recent + 1 = "
                 f"{least}; raise budget, or lower sinks={self.sinks} and recent={self.recent}"
+            )
+        part = self.after()
+        if part is not None:
+            part.check(page_size, groups)
+        elif self.stays:
+            raise ConfigError(
+                f"sparsity {self.name!r}: stays={self.stays} is the budget of a part that evicts: "
+                f"name one, as then=snapkv, or leave it out"
             )
         if not 0 < self.upper <= 1:
             raise ConfigError(

@@ -14,7 +14,7 @@ from kvarn.core.keep import ENDLESS, Filter, Keep, Select
 from kvarn.core.model import GroupSpec, shares_of
 from kvarn.core.part import find
 from kvarn.core.request import Request
-from kvarn.sparse.part import Selector, Sparsity
+from kvarn.sparse.part import OneShot, PromptFilter, Selector, Sparsity
 
 NONE = "none"
 
@@ -107,8 +107,14 @@ class Rules:
         part = parse(self.default)
         return part if isinstance(part, Selector) and part.reuse > 1 else None
 
+    def evicts(self, request: Request) -> OneShot | None:
+        """The part that says what stays of its KV, of that of what goes on of its prompt."""
+        part = self.part(request)
+        part = part.after() if isinstance(part, PromptFilter) else part
+        return part if isinstance(part, OneShot) else None
+
     def keeps(self, request: Request) -> tuple[Keep, ...]:
-        """What stays of its KV, by group; (): all of it."""
+        """What stays of its KV, once a part of its prompt has gone on, by group; (): all of it."""
         part = self.part(request)
         if part is None:
             return ()

@@ -220,6 +220,29 @@ def test_siblings_share_one_choice(tiny_folder: Any) -> None:
     assert sum(span.length for span in spans if not span.layers) == 40 + 3 + 4 * 9
 
 
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("part", ["snapkv", "sage-kv", "streamingllm", "h2o"])
+def test_what_goes_on_is_evicted_from(tiny_folder: Any, part: str, own: bool) -> None:
+    """The tokens, and the pages, of a prompt of the chosen ones under that part alone."""
+    rule, folder = f"{RULE},then={part},stays=24", tiny_folder("llama")
+    engine = make_engine(folder, prefix="none", **({"sparsity": rule} if own else {}))
+    add(engine, "r", PROMPT, n=60, sparsity=None if own else rule)
+    tokens, held = list[int](), list[list[int]]()
+    while engine.has_work:
+        tokens += [token for out in engine.step() for token in out.tokens]
+        running = engine.control.queues.running
+        if running and running[0].filter is None and running[0].computed > 45:
+            held.append([engine.control.kv.held(g) for g in range(len(engine.control.kv.groups))])
+    assert held and all(pages == [6] * len(pages) for pages in held)
+    assert engine.control.check_integrity() == []
+    going = [PROMPT[at] for at in dense_choice(engine, PROMPT, 1)]
+    plain = make_engine(folder, prefix="none")
+    add(plain, "p", going, n=60, sparsity=f"{part}:budget=24")
+    assert run(plain)["p"] == tokens
+    add(plain, "w", going, n=60, sparsity="none")
+    assert run(plain)["w"] != tokens, "nothing was evicted"
+
+
 @pytest.mark.parametrize("proposer", ["ngram", "suffix"])
 def test_drafts_beside_prompts_that_are_filtered(tiny_folder: Any, proposer: str) -> None:
     """In one step some rows leave early and others are judged; drafts follow what went on."""
@@ -261,6 +284,14 @@ def test_drafts_beside_prompts_that_are_filtered(tiny_folder: Any, proposer: str
         ("llama", {"sparsity": "gemfilter:upper=0"}, "upper"),
         ("mistral", {"sparsity": "gemfilter"}, "sliding window"),
         ("llama", {"sparsity": "gemfilter", "deterministic": True}, "deterministic"),
+        ("llama", {"sparsity": f"{RULE},then=quest"}, "must be a part that evicts"),
+        ("llama", {"sparsity": f"{RULE},then=snapkv,stays=9"}, "raise budget"),
+        ("llama", {"sparsity": f"{RULE},stays=9"}, "name one, as then=snapkv"),
+        (
+            "llama",
+            {"sparsity": f"{RULE},then=snapkv,stays=32", "speculate": "ngram"},
+            "speculate=none",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(

@@ -101,6 +101,8 @@ def test_tokens_are_those_of_a_request_alone(
     assert run(engine, PROMPTS) == alone(spec), "with the prefixes of the first time"
 
 
+#: what goes on of a prompt loses some again
+CHAINED = "gemfilter:budget=48,sinks=4,recent=8,layer=1,then=snapkv,stays=24"
 #: choices that serve other rows too; a page of 4 takes three of 2, or 3 and 1
 SHARED = ["quest:budget=48,dense=1,reuse=3", "random-pages:budget=48,dense=1,reuse=2"]
 
@@ -122,6 +124,7 @@ OTHERS = [
     "knorm:budget=32,sinks=4,every=8",
     "h2o:budget=32,every=8",
     "duoattention:by=random,window=28,sinks=4,of=snapkv,budget=60",
+    CHAINED,
     *SHARED,
 ]
 
@@ -141,9 +144,17 @@ def test_preempted_requests_keep_the_same_again(tiny_folder: Any, alone: Any, sp
     assert {seq: tokens for seq, tokens in found.items() if seq[0] == "r"} == alone(spec)
 
 
-@pytest.mark.parametrize("name", PARTS)
-def test_siblings(tiny_folder: Any, alone: Any, name: str) -> None:
-    spec = rule(name) if name in FIXED else f"{name}:budget=48{MORE.get(name, '')}"
+@pytest.mark.parametrize(
+    "spec",
+    [
+        CHAINED,
+        *(
+            rule(name) if name in FIXED else f"{name}:budget=48{MORE.get(name, '')}"
+            for name in PARTS
+        ),
+    ],
+)
+def test_siblings(tiny_folder: Any, alone: Any, spec: str) -> None:
     engine = make_engine(tiny_folder("llama"), sparsity=spec)
     assert run(engine, PROMPTS, n=3) == alone(spec, 3)
 
