@@ -4,7 +4,8 @@
 
 Poisson arrivals with the lengths of Azure's 2023 conversation trace, `least_loaded`, one process.
 `--minutes 60` is the whole hour; of a shorter slice the time of an hour is projected from the time
-by request. Also the Mooncake conversation trace (an hour) on 16 instances with prefix caching.
+by request (of a minute, as of an hour, gaps between tokens are counted, of less they are kept).
+Also the Mooncake conversation trace (an hour) on 16 instances with prefix caching.
 Everything is counted: making the requests, the simulation, the result.
 """
 

@@ -40,9 +40,10 @@ def report(
         "error_counts": dict(Counter(s.error for s in samples if not s.ok).most_common(20)),
         **engine_side(fleet_, outcome, done, duration),
     }
-    if sum(outcome.gaps.values()) > MOST_GAPS:
+    if outcome.gaps and not any(one.gaps for one in outcome.records):
         why = f"more than {MOST_GAPS} tokens: the gaps between them were counted, not kept"
         result |= token_gaps(outcome.gaps, traffic.percentiles)
+        result["max_output_tokens_per_s"] = None
         result["steady"] = {"start": None, "end": None, "why_empty": why}
     if traffic.detailed:
         result |= metrics.detailed(samples)

@@ -21,7 +21,7 @@ _NEVER = 1 << 60  # `published` of a sequence whose content is in the index unde
 
 @lru_cache(16)
 def _all_pages(count: int) -> tuple[PageId, ...]:
-    """Every page of a pool, the first one last. The pools of a simulated fleet share the numbers."""
+    """Every page of a pool, the first one last; the pools of a fleet share the numbers."""
     return tuple(range(count - 1, -1, -1))
 
 

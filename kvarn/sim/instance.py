@@ -12,7 +12,8 @@ by step it would be noticed.
 The engine's overlapped loop plans step n+1 when step n begins: whoever comes during n enters n+2.
 Here that plan is made late, with the time and the state of then: when somebody comes, or when the
 step ends, unless decodes go on that are planned alike whenever it is done. A run of decodes stops
-before a step behind which the plan would not be: one that ends a sequence, or takes the last pages.
+before a step behind which the plan would not be: one that takes the last pages, or ends a sequence
+while another is about to take a page. An arrival during step n cuts a run behind n+1.
 """
 
 from collections.abc import Callable, Sequence
@@ -80,7 +81,7 @@ class Instance:
         """Somebody comes at `now`, and is not there yet: the new end of the run, if it moved.
 
         A run of decodes is cut at the end of the step under way; the overlapped loop has planned
-        the one after it.
+        the one after it. Where that ends the run anyway, what it planned is planned now.
         """
         run = self._run
         if run is None:
@@ -95,7 +96,7 @@ class Instance:
             return run.end
         if not self.overlap:
             return None
-        if run.steps == steps_to_end(self.control):  # behind it a plan with those that end in it
+        if run.steps == steps_to_end(self.control):  # who ends still holds pages in the next plan
             return self._step_in(run, steps - 2, token_of)
         if steps > run.steps:
             self._coasted(run, token_of)

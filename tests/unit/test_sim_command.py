@@ -51,6 +51,17 @@ def test_a_trace_gives_the_keys_of_bench_serve(tmp_path, trace, capsys):
     assert "prefix hits" in capsys.readouterr().out
 
 
+def test_gaps_that_are_counted_agree_with_those_that_are_kept(tmp_path, trace, monkeypatch):
+    kept = sim(tmp_path, "--trace", trace)
+    monkeypatch.setattr("kvarn.bench.sim.MOST_GAPS", 100)
+    counted = sim(tmp_path, "--trace", trace)
+    for name in ("mean", "median", "p99"):
+        assert counted[f"{name}_itl_ms"] == pytest.approx(kept[f"{name}_itl_ms"], abs=1e-3)
+    assert kept["max_output_tokens_per_s"] > 20 and counted["max_output_tokens_per_s"] is None
+    assert "counted" in counted["steady"]["why_empty"]
+    assert counted["mean_ttft_ms"] == kept["mean_ttft_ms"]
+
+
 def test_the_same_seed_gives_the_same_result(tmp_path):
     words = ["--dataset", "random", "--num-prompts", "30", "--request-rate", "20", "--seed", "3"]
     one, two = (sim(tmp_path, *words, "--instances", "2") for _ in range(2))
