@@ -76,6 +76,8 @@ def sim_lines(result: dict[str, Any]) -> list[str]:
         f"{result['pages']} KV pages of {result['page_size']} positions ({result['pages_source']})",
         f"{result['steps']} steps simulated in {result['wall_seconds']:.1f} s",
     ]
+    if skipped := result["workload"].get("skipped"):
+        lines.append(f"{skipped} malformed rows of the trace were left out")
     if "cost_per_hour" in result:
         lines.append(f"costs {cost_of(result)}")
     if result["attainment"] is not None:

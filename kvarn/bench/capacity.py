@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from kvarn.bench import metrics, prices, probes
+from kvarn.bench.checks import check_fleet, check_traffic
 from kvarn.bench.options import Fleet, Search, Traffic, Workload
 from kvarn.bench.prices import Prices
 from kvarn.bench.probes import Probe
@@ -58,6 +59,8 @@ def search(
     fleet: Fleet, work: Workload, traffic: Traffic, wanted: Search, paid: Prices | None = None
 ) -> Found:
     """Answer `wanted.find`; the options are checked before anything is simulated."""
+    check_fleet(fleet)
+    check_traffic(traffic)
     check(traffic, wanted)
     if wanted.find == "rate":
         return rate_for(fleet, work, traffic, wanted)

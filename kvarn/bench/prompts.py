@@ -39,12 +39,17 @@ class Job:
     at: float | None = None  #: due time that the data set itself gives [s after the start]
 
 
+#: least value of the whole numbers of a workload
+LEAST = {"num_prompts": 1, "input_len": 1, "output_len": 0, "prefix_len": 0}
+
+
 def make_jobs(work: Workload) -> list[Job]:
     """All conversations of a workload, in the order in which they are sent."""
     if work.dataset not in MAKERS:
         raise ConfigError(f"unknown data set {work.dataset!r}{nearest(work.dataset, MAKERS)}")
-    if work.num_prompts < 1:
-        raise ConfigError(f"num_prompts must be at least 1, got {work.num_prompts}")
+    for name, least in LEAST.items():
+        if getattr(work, name) < least:
+            raise ConfigError(f"{name} must be at least {least}, got {getattr(work, name)}")
     if not 0 <= work.range_ratio < 1:
         raise ConfigError(f"range_ratio must be in [0, 1), got {work.range_ratio}")
     if work.dataset in ("sharegpt", "trace") and work.dataset_path is None:

@@ -20,6 +20,7 @@ from typing import Any
 from kvarn.bench import metrics, record
 from kvarn.bench.arrivals import arrival_times
 from kvarn.bench.backends import Asking, find_backend
+from kvarn.bench.checks import check_percentiles
 from kvarn.bench.client import Sample, Share, ask, work
 from kvarn.bench.http import Client, HTTPError
 from kvarn.bench.options import Load, Workload
@@ -70,9 +71,7 @@ def _check(load: Load) -> None:
         value = getattr(load, name)
         if value is not None and value < least:
             raise ConfigError(f"{name} must be at least {least}, got {value}")
-    for share in load.percentiles:
-        if not 0 <= share <= 100:
-            raise ConfigError(f"a percentile must be in [0, 100], got {share}")
+    check_percentiles(load.percentiles)
     if not load.timeout > 0:
         raise ConfigError(f"timeout must be above 0, got {load.timeout}")
 

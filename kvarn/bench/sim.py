@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from kvarn.bench.checks import check_fleet, check_traffic
 from kvarn.bench.options import Fleet, Traffic, Workload
 from kvarn.bench.sim_load import ClosedLoop, find_trace, requests_of
 from kvarn.bench.sim_report import MOST_GAPS, report
@@ -49,6 +50,8 @@ class Simulated:
 
 def run(fleet_: Fleet, work: Workload, traffic: Traffic) -> Simulated:
     """Simulate a fleet under the load that the options describe."""
+    check_fleet(fleet_)
+    check_traffic(traffic)
     return measured(fleet_, work, traffic, find_trace(work, traffic))
 
 
@@ -78,8 +81,7 @@ def simulate(
     cost: CostModel | None = None, closed_loop: bool = False, keep_pages: bool = False,
 ) -> Outcome:  # fmt: skip
     """Run a trace through the fleet, priced by its own cost model or by `cost`."""
-    if fleet_.instances < 1:
-        raise ConfigError(f"instances must be at least 1, got {fleet_.instances}")
+    check_fleet(fleet_)
     cost = cost or price_list(fleet_, spec)
     tokens = sum(one.n_out for one in trace)
     tally = Tally(

@@ -112,12 +112,40 @@ def test_what_cannot_be_simulated_is_refused(words, says, capsys):
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("--pages -4", "pages must be at least 0, got -4"),
+        ("--page-size -1", "page_size must be at least 0"),
+        ("--max-seqs 0", "max_seqs must be at least 1"),
+        ("--budget 0", "budget must be at least 1"),
+        ("--max-len -5", "max_len must be at least 0"),
+        ("--max-queue -1", "max_queue must be at least 0"),
+        ("--round-context -1", "round_context must be at least 0"),
+        ("--instances 0", "instances must be at least 1"),
+        ("--limit -2", "limit must be at least 0"),
+        ("--percentiles 200", "a percentile must be in [0, 100]"),
+        ("--num-prompts 0", "num_prompts must be at least 1"),
+        ("--input-len 0", "input_len must be at least 1"),
+        ("--output-len -3", "output_len must be at least 0"),
+        ("--prefix-len -3", "prefix_len must be at least 0"),
+        ("--request-rate -2", "request rate must be above 0"),
+        ("--burstiness -1", "burstiness must be above 0"),
+        ("--find rate --goodput ttft:5 --pages -4", "pages must be at least 0"),
+    ],
+)  # fmt: skip
+def test_numbers_that_mean_nothing_are_refused(words, says, capsys):
+    assert main(["sim", *words.split()]) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_a_malformed_row_is_named_and_skipped_only_when_asked(tmp_path, trace, capsys):
     path = Path(trace)
     path.write_text(path.read_text() + '{"timestamp": 1, "input_length": -5, "output_length": 2}\n')
     assert main(["sim", "--trace", trace]) == 2
     assert "line 41" in capsys.readouterr().err
     found = sim(tmp_path, "--trace", trace, "--skip-bad")
+    assert "1 malformed rows of the trace were left out" in capsys.readouterr().out
     assert found["workload"]["skipped"] == 1 and found["completed"] == 40
 
 
