@@ -63,8 +63,8 @@ class DraftModel(Part):
     name, kind, paper = "draft", "proposer", "2211.17192"
     needs = frozenset({Cap.PAGED_KV})
     regime = (
-        "Predictable text at small batches, with a drafter that costs a few percent of the target. "
-        "Loses at large batches, and on repetitions that a suffix tree finds for nothing."
+        "Predictable text at small batches, with a drafter that costs a few percent of the target; "
+        "as trees (draft_shape) a weak drafter too. Loses at large batches, and on repetitions that a suffix tree finds for nothing."
     )
 
     def __init__(
