@@ -64,7 +64,8 @@ class DraftModel(Part):
     needs = frozenset({Cap.PAGED_KV})
     regime = (
         "Predictable text at small batches, with a drafter that costs a few percent of the target; "
-        "as trees (draft_shape) a weak drafter too. Loses at large batches, and on repetitions that a suffix tree finds for nothing."
+        "in trees (draft_shape) a weaker drafter, too. Loses at large batches, and on repetitions "
+        "that a suffix tree finds for nothing."
     )
 
     def __init__(
