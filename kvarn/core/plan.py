@@ -36,7 +36,9 @@ class Draft:
     q: Any = None
 
     def first(self, count: int) -> "Draft":
-        """The first `count` tokens; of a tree, too, what is left is one."""
+        """The first `count` tokens; of a tree, too, what is left is one. Itself if that is all."""
+        if count >= len(self.tokens):
+            return self
         return Draft(
             self.tokens[:count],
             None if self.parents is None else self.parents[:count],

@@ -75,7 +75,7 @@ def test_the_drafter_grows_its_trees_on_the_device(tiny_folder: Any, wanted: Any
     assert run(engine, requests, seed=3) == answers
     assert engine.control.check_integrity() == [] and proposer.kv.check_integrity([]) == []
     assert any(is_tree(one.draft) for one in judged)
-    assert engine.stats().accepted_tokens > 0 and capture.replays > 0
+    assert engine.stats().accepted_tokens > 0
 
 
 @ON_GPU

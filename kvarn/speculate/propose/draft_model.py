@@ -63,8 +63,9 @@ class DraftModel(Part):
     name, kind, paper = "draft", "proposer", "2211.17192"
     needs = frozenset({Cap.PAGED_KV})
     regime = (
-        "Predictable text at small batches, with a drafter that costs a few percent of the target. "
-        "Loses at large batches, and on repetitions that a suffix tree finds for nothing."
+        "Predictable text at small batches, with a drafter that costs a few percent of the target; "
+        "in trees (draft_shape) a weaker drafter, too. Loses at large batches, and on repetitions "
+        "that a suffix tree finds for nothing."
     )
 
     def __init__(
