@@ -58,6 +58,10 @@ class Measured:
         """A step of `rows` positions, drafts among them [s]; at least a plain one."""
         return max(self._verifying.at(rows), self._plain.at(rows))
 
+    def reach(self) -> int:
+        """The largest step with drafts that was seen [positions]."""
+        return self._verifying.largest
+
     def draft(self, seqs: int, most: int) -> float:
         """Drafting up to `most` tokens for each of `seqs` sequences [s]; 0: nothing is known."""
         return self._drafts.at(seqs * most)
@@ -98,6 +102,10 @@ class _Curve:
             middle.pop()  # the first of a size may have captured it
         middle = middle[side : len(middle) - side]
         self._seconds[size] = sum(middle) / len(middle)
+
+    @property
+    def largest(self) -> int:
+        return self._sizes[-1] if self._sizes else 0
 
     def knows(self, size: int) -> bool:
         size, sizes = class_of(size), self._sizes

@@ -59,6 +59,10 @@ class Costs(Protocol):
         """A step that computes `rows` positions, drafts among them."""
         ...
 
+    def reach(self) -> int:
+        """Positions of the largest step with drafts whose time is more than a guess."""
+        ...
+
     def draft(self, seqs: int, most: int) -> float:
         """Drafting up to `most` tokens for each of `seqs` sequences."""
         ...

@@ -55,6 +55,10 @@ class Roofline:
         """The same with drafts."""
         return self.step(rows)
 
+    def reach(self) -> int:
+        """Any."""
+        return 1 << 30
+
     def draft(self, seqs: int, most: int) -> float:
         """Drafting up to `most` tokens for each [s]."""
         return self.token * most
@@ -88,6 +92,10 @@ class Overlapped:
     def verifying(self, rows: int) -> float:
         """A step with drafts, from what it follows to what follows it [s]."""
         return self.verify[0] + self.verify[1] * rows
+
+    def reach(self) -> int:
+        """Any."""
+        return 1 << 30
 
     def draft(self, seqs: int, most: int) -> float:
         """Drafting up to `most` tokens for each [s]."""

@@ -136,6 +136,18 @@ class Table:
     def step(self, rows: int) -> float:
         return self.seconds[rows - 1]
 
+    def verifying(self, rows: int) -> float:
+        return self.seconds[rows - 1]
+
+    def back(self) -> float:
+        return 0.0
+
+    def knows(self, rows: int) -> bool:
+        return True
+
+    def reach(self) -> int:
+        return max(self.seconds)
+
     def draft(self, seqs: int, most: int) -> float:
         return 0.0
 

@@ -23,7 +23,7 @@ from kvarn.core.plan import Draft
 from kvarn.core.request import SamplingParams
 from kvarn.runner import sampler as sampling
 from kvarn.runner.sampler import Sampler
-from kvarn.runner.verify import Drafted, Run, SparseQ, drawn, walk
+from kvarn.runner.verify import Drafted, Run, SparseQ, drawn, standing, walk
 
 N = 20_000
 CPU = torch.device("cpu")
@@ -272,3 +272,20 @@ def test_a_models_logits(tiny_folder: Any, case: str, params: SamplingParams) ->
     widths = [3] if case == "tree" else [1]
     runs = verify(target, drafts_of(target, widths, CASES[case][1]), params)
     assert p_value(target, params, runs) > 0.01
+
+
+def test_chains_judged_together_as_one_by_one() -> None:
+    """`standing` finds where `walk` ends, for many chains of any length."""
+    chance = np.random.default_rng(0)
+    for _ in range(50):
+        lengths = chance.integers(0, 6, 7)
+        drafts = [Draft(chance.integers(0, 3, n).tolist()) for n in lengths]
+        chosen = [chance.integers(0, 3, n + 1).tolist() for n in lengths]
+        first = np.cumsum(lengths + 1) - (lengths + 1)
+        stands = [
+            [a == b for a, b in zip(draft.tokens, mine)] + [False]
+            for draft, mine in zip(drafts, chosen)
+        ]
+        last = standing(np.concatenate([np.array(one, np.bool_) for one in stands]), first)
+        ends = [len(walk(mine, draft).tokens) - 1 for mine, draft in zip(chosen, drafts)]
+        assert (last - first).tolist() == ends

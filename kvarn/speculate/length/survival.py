@@ -34,10 +34,12 @@ KEEP, KEEP_ALL = 0.97, 0.998  #: weight of the past at each judged token: a sequ
 OTHERS = 16  #: judged tokens that the acceptance of all counts as, where few sequences run,
 MANY, ALIKE = 4, 1e4  #: fewer than this; and where they do not differ at all
 FOUND = 0.95  #: weight of the past in the share of asked tokens that the proposer finds, by round
-BEGINS, STAYS = 1.08, 1.04  #: gain over no drafts that must be promised after a round without, with
+BEGINS, STAYS = 1.10, 1.06  #: gain over no drafts that must be promised after a round without, with
 PLAIN = 4  #: rounds without drafts that measure the plain step: the first does not count
 REFRESH = 200  #: rounds with drafts after which it is measured again
 GRID = 24  #: numbers of drafted tokens that are compared
+GROWS, HALF = 2, 2  #: a step is no larger than so many times what was seen, or than one more draft
+#: for each second sequence: what lies further is a guess
 LOOK = 32  #: once in so many rounds another number is drafted, to learn its time:
 ASIDE = 0.8, 1.25, 0.6  #: these shares of the best one, in turn
 
@@ -244,6 +246,8 @@ class Survival(Part):
         tokens = self._found * sum(self._all.share**i for i in levels)
         for fewer in FEWER:
             some = -(-n // fewer)
+            if some * length > _most_drafts(costs, n):
+                continue
             seconds = costs.verifying(n + some * length) + costs.draft(some, length)
             loss = max(seconds / self._plain - 1.0 - tokens * some / n, LEAST_LOSS)
             if self._account.holds >= TRIAL * loss + self._back:
@@ -275,6 +279,7 @@ class Survival(Part):
                 if int(count / width) > int((count - 1) / width):  # the next has a new level
                     reach *= share
         tokens.sort(reverse=True)
+        del tokens[_most_drafts(costs, n) :]
         best, best_rate, self._least = 0, n / self._plain, 1.0
         expected, taken = float(n), 0
         for part in range(1, GRID + 1):
@@ -292,3 +297,8 @@ class Survival(Part):
             lengths[place] += 1
         self._least *= 0.5  # a draft's own confidence may say more than its sequence's past
         return lengths, best_rate * self._plain / n
+
+
+def _most_drafts(costs: Costs, n: int) -> int:
+    """Tokens that may be drafted for `n` sequences, by what is known of larger steps."""
+    return max(GROWS * costs.reach() - n, -(-n // HALF))
