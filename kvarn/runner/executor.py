@@ -313,15 +313,19 @@ class Runner:
         else:
             plans = [self._tree_plan(batch.groups[k.group], forest) for k in self.layers.kinds]
         whole = self.layers.whole
-        if watched:
+        if whole is None:  # pages are chosen by whole layers only
             by_layer = self.layers.plans(plans, partial(self._watching, watched))
-        elif whole is None:
-            by_layer = self.layers.plans(plans)
         else:
             by_layer = [plans[kind] for kind in whole]
-        if selecting is not None:
-            some = selecting.plans()
-            by_layer = [new or plain for new, plain in zip(some, by_layer, strict=True)]
+            if selecting is not None:
+                some = selecting.plans()
+                by_layer = [new or plain for new, plain in zip(some, by_layer, strict=True)]
+            if watched:
+                groups = [self.layers.kinds[kind].group for kind in whole]
+                by_layer = [
+                    self._watching(watched, group, layer, plan)
+                    for layer, (group, plan) in enumerate(zip(groups, by_layer, strict=True))
+                ]
         eager = forest is not None or bool(watched)
         return PagedAttend(by_layer, self.pool.cache, self.state is not None and not eager)
 
@@ -339,7 +343,7 @@ class Runner:
 
     def _watching(self, watched: list[list[Watched]], group: int, layer: int, plan: Any) -> Any:
         """The plan of a layer and group, watched where something of the group will go."""
-        mine = watched[group]
+        mine = watched[group] if watched else []
         return WatchingPlan(plan, self.keeping, layer, mine) if mine else plan
 
     def _choose(self, batch: Batch, logits: Tensor, step: InFlight) -> None:

@@ -42,7 +42,14 @@ def test_it_claims_invariance() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"window": 50}, {"window": 500}, {"heads": 18, "softcap": 9.0}]
+    "options",
+    [
+        {},
+        {"window": 50},
+        {"window": 500},
+        {"window": 50, "sinks": 20},
+        {"heads": 18, "softcap": 9.0},
+    ],
 )
 def test_random_batches(options: dict[str, Any]) -> None:
     case = make(RAGGED, **options)

@@ -179,6 +179,23 @@ def test_requests_choose_how_much_they_see(tiny_folder: Any, alone: Any, name: s
     assert run(engine, PROMPTS, sparsity="snapkv:budget=32,sinks=4") == alone(rule("snapkv"))
 
 
+def test_one_keeps_while_another_chooses(tiny_folder: Any, alone: Any) -> None:
+    """In the same steps, and each as alone."""
+    specs = [rule("quest"), rule("snapkv"), "none"]
+    engine = make_engine(tiny_folder("llama"), sparsity=rule("quest"), prefix="none")
+    for i, prompt in enumerate(PROMPTS):  # not all at once: prompts meet what is generated
+        params = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True, seed=i)
+        engine.add(Request(f"r{i}", prompt, params, sparsity=specs[i % 3]))
+        engine.step()
+    found: dict[str, list[int]] = {f"r{i}.0": [] for i in range(len(PROMPTS))}
+    while engine.has_work:
+        for out in engine.step():
+            found[f"{out.request_id}.{out.index}"] += out.tokens
+    for i in range(len(PROMPTS)):
+        wanted = alone(specs[i % 3])[f"r{i}.0"]
+        assert found[f"r{i}.0"] == wanted[-len(found[f"r{i}.0"]) :]
+
+
 @pytest.mark.parametrize("name", FIXED)
 def test_what_holds_every_request_cannot_be_left(tiny_folder: Any, name: str) -> None:
     """Nor taken up where the engine has other table groups."""
