@@ -136,19 +136,36 @@ def select_pages(result: dict[str, Any]) -> Lines:
 def recalled(result: dict[str, Any]) -> Lines:
     """The recall model's answers."""
     said = result["workload"]
+    again = "again" in result["results"][0]
     rows = [
-        [row["tokens"], row["sparsity"], row["first"], row["late"]] for row in result["results"]
-    ]
+        [
+            row["tokens"],
+            row["sparsity"]
+            if row.get("share", said["share"]) == said["share"]
+            else f"{row['sparsity']}, 1/{row['share']} of it",
+            row["first"], *([row["again"]] if again else []), row["late"],
+        ]
+        for row in result["results"]
+    ]  # fmt: skip
+    more = (
+        "The same one is asked again after the first time was passed over, and answered from what "
+        "was chosen for it. "
+        if again
+        else ""
+    )
     return [
         f"`kvarn reproduce {result['experiment']}`: the model of `benchmarks/train_recall.py`, one "
         "pair in 16 tokens; share of questions answered rightly where an eighth of the context is "
         "kept, or read. A first question is the prompt's last token, answered by its last dense "
-        "step unless the prompt was filtered; a late one comes after that answer. Contexts and "
-        "questions of each kind about one, by length: "
+        f"step unless the prompt was filtered; a late one comes after that answer. {more}"
+        "Contexts and questions of each kind about one, by length: "
         + ", ".join(f"{n}: {a} x {b}" for n, (a, b) in said["sizes"].items())
         + ".",
         "",
-        *table(["tokens", "what stays or is read", "first", "late"], rows),
+        *table(
+            ["tokens", "what stays or is read", "first", *(["again"] if again else []), "late"],
+            rows,
+        ),
     ]
 
 
