@@ -21,7 +21,7 @@ from kvarn.engine.llm import LLM
 from kvarn.workload.mqar import FILLER, questions, recall
 
 #: tokens of a context -> contexts, questions of each kind about one
-SIZES = {1024: (32, 8), 4096: (4, 8), 16384: (1, 8)}
+SIZES = {1024: (16, 8), 4096: (4, 8), 16384: (1, 4)}
 SHARE = 8  #: of the context, one part is kept or read
 LARGER = {"streamingllm": 2, "quest": 4}  #: the same with more: one of so many parts
 PARTS = (
