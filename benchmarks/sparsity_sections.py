@@ -139,11 +139,8 @@ def recalled(result: dict[str, Any]) -> Lines:
     again = "again" in result["results"][0]
     rows = [
         [
-            row["tokens"],
-            row["sparsity"]
-            if row.get("share", said["share"]) == said["share"]
-            else f"{row['sparsity']}, 1/{row['share']} of it",
-            row["first"], *([row["again"]] if again else []), row["late"],
+            row["tokens"], _setting(row, said["share"]), row["first"],
+            *([row["again"]] if again else []), row["late"],
         ]
         for row in result["results"]
     ]  # fmt: skip
@@ -167,6 +164,13 @@ def recalled(result: dict[str, Any]) -> Lines:
             rows,
         ),
     ]
+
+
+def _setting(row: dict[str, Any], share: int) -> str:
+    """What stays or is read, where it differs from the others."""
+    part = "" if row.get("share", share) == share else f", 1/{row['share']} of it"
+    pages = f", pages of {row['page_size']}" if "page_size" in row else ""
+    return f"{row['sparsity']}{part}{pages}"
 
 
 def filtered(result: dict[str, Any]) -> Lines:

@@ -7,7 +7,7 @@ and which its last dense step answers, whatever was dropped. The same one asked 
 first time was passed over, has to be answered from what was chosen for it; a late one comes after
 the first's answer and has nothing to do with it. Every part keeps, or reads, an eighth of the
 context; beside them a window of four times as much, and twice as many pages (what SAGE-KV is
-compared with).
+compared with), and as many positions in smaller pages, of which two are no choice.
 """
 
 from importlib.resources import files
@@ -23,6 +23,7 @@ from kvarn.workload.mqar import FILLER, questions, recall
 #: tokens of a context -> contexts, questions of each kind about one
 SIZES = {1024: (16, 8), 4096: (4, 8), 16384: (1, 4)}
 SHARE = 8  #: of the context, one part is kept or read
+FINE = 8  #: positions of a page, half as many as the others have
 LARGER = {"streamingllm": 2, "quest": 4}  #: the same with more: one of so many parts
 PARTS = (
     "random", "streamingllm", "knorm", "h2o", "snapkv", "sage-kv", "random-pages", "quest",
@@ -41,16 +42,19 @@ def run(model: str) -> dict[str, Any]:
             f"recall asks the model that comes with kvarn, or one in a folder that "
             f"benchmarks/train_recall.py made; {model!r} is neither"
         )
-    llm = LLM(
-        str(folder), max_len=max(SIZES) + 64, max_seqs=16, dtype="float32",
-        sparsity="quest:dense=0",
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "max_len": max(SIZES) + 64, "max_seqs": 16, "dtype": "float32", "sparsity": "quest:dense=0"
+    }  # fmt: skip
+    llm = LLM(str(folder), **options)
+    fine = LLM(str(folder), page_size=FINE, **options)
     rows = []
     for tokens in SIZES:
         settings = [(name, SHARE) for name in ("none", *PARTS)] + list(LARGER.items())
         for name, share in settings:
             said = {"tokens": tokens, "sparsity": name, "share": share}
             rows.append(said | _right(llm, tokens, name, share))
+        said = {"tokens": tokens, "sparsity": "quest", "share": SHARE, "page_size": FINE}
+        rows.append(said | _right(fine, tokens, "quest", SHARE))
     sizes = {str(tokens): list(counts) for tokens, counts in SIZES.items()}
     said = {"sizes": sizes, "share": SHARE}
     header = record.header("reproduce-recall", said, {"model": model})
@@ -93,6 +97,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     out = [f"{'tokens':>8}  {'what stays or is read':22}{'first':>8}{'again':>8}{'late':>8}"]
     for row in result["results"]:
         name = row["sparsity"] if row["share"] == SHARE else f"{row['sparsity']} 1/{row['share']}"
+        name += f" pages of {row['page_size']}" if "page_size" in row else ""
         shares = f"{row['first']:>8.3f}{row['again']:>8.3f}{row['late']:>8.3f}"
         out.append(f"{row['tokens']:>8}  {name:22}{shares}")
     return out
