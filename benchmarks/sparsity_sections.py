@@ -138,20 +138,41 @@ def select_pages(result: dict[str, Any]) -> Lines:
 def recalled(result: dict[str, Any]) -> Lines:
     """The recall model's answers."""
     said = result["workload"]
+    again = "again" in result["results"][0]
     rows = [
-        [row["tokens"], row["sparsity"], row["first"], row["late"]] for row in result["results"]
-    ]
+        [
+            row["tokens"], _setting(row, said["share"]), row["first"],
+            *([row["again"]] if again else []), row["late"],
+        ]
+        for row in result["results"]
+    ]  # fmt: skip
+    more = (
+        "The same one is asked again after the first time was passed over, and answered from what "
+        "was chosen for it. "
+        if again
+        else ""
+    )
     return [
         f"`kvarn reproduce {result['experiment']}`: the model of `benchmarks/train_recall.py`, one "
         "pair in 16 tokens; share of questions answered rightly where an eighth of the context is "
         "kept, or read. A first question is the prompt's last token, answered by its last dense "
-        "step unless the prompt was filtered; a late one comes after that answer. Contexts and "
-        "questions of each kind about one, by length: "
+        f"step unless the prompt was filtered; a late one comes after that answer. {more}"
+        "Contexts and questions of each kind about one, by length: "
         + ", ".join(f"{n}: {a} x {b}" for n, (a, b) in said["sizes"].items())
         + ".",
         "",
-        *table(["tokens", "what stays or is read", "first", "late"], rows),
+        *table(
+            ["tokens", "what stays or is read", "first", *(["again"] if again else []), "late"],
+            rows,
+        ),
     ]
+
+
+def _setting(row: dict[str, Any], share: int) -> str:
+    """What stays or is read, where it differs from the others."""
+    part = "" if row.get("share", share) == share else f", 1/{row['share']} of it"
+    pages = f", pages of {row['page_size']}" if "page_size" in row else ""
+    return f"{row['sparsity']}{part}{pages}"
 
 
 def filtered(result: dict[str, Any]) -> Lines:

@@ -238,6 +238,17 @@ def test_rows_that_choose(tiny_folder: Any, rule: str, overlap: str) -> None:
     assert engine.control.check_integrity() == []
 
 
+def test_a_stream(tiny_folder: Any) -> None:
+    """A captured row is rotated by its slot; what is held turns before it."""
+    sampling = SamplingParams(temperature=0.0, max_tokens=14, ignore_eos=True)
+    requests = [Request("r", [(5 * i * i + 3 * i) % 97 for i in range(10)], sampling)]
+    options = {"sparsity": "streamingllm:budget=8,sinks=2", "pages": 40, "page_size": 4}
+    wanted = tokens_of(make_engine(tiny_folder("llama"), **options), requests)
+    engine, capture = captured(tiny_folder("llama"), **options)
+    assert tokens_of(engine, requests) == wanted
+    assert capture.replays > 10
+
+
 def tokens_of(engine: Any, requests: list[Request]) -> dict[str, list[int]]:
     """Tokens by request, all of which come at once."""
     for request in requests:
