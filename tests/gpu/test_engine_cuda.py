@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from golden.test_engine import expected, make_engine, make_requests, run
+from golden.test_speculation import speculating
 
 from kvarn.core.errors import ConfigError
 from kvarn.core.request import Request, SamplingParams
@@ -43,6 +44,28 @@ def test_tokens_equal_naive(
         assert run(engine, requests, seed=budget) == answers
         assert engine.control.check_integrity() == []
         assert engine.stats().kv_pages_used == 0
+        engine.close()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("overlap", ["off", "on"])
+@pytest.mark.parametrize("most", [3, 12])
+def test_verify_steps_are_replayed(
+    tiny_folder: Any, wanted: Any, family: str, overlap: str, most: int
+) -> None:
+    """From captured graphs, whatever is drafted for whom; the same tokens as one by one."""
+    requests, answers = wanted(family)
+    for errs, graphs in ((0.0, "on"), (0.4, "on"), (0.4, "off")):
+        engine = make_engine(
+            tiny_folder(family), device="cuda", overlap=overlap, graphs=graphs, speculate="ngram",
+            draft_tokens=most,
+        )  # fmt: skip
+        speculating(engine, answers, errs, most)
+        assert run(engine, requests, seed=most) == answers
+        stats = engine.stats()
+        assert stats.verify_steps > 5
+        assert (stats.replayed_verify_steps > 0) == (graphs == "on")
+        assert engine.control.check_integrity() == [] and stats.kv_pages_used == 0
         engine.close()
 
 

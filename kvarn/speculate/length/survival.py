@@ -43,7 +43,7 @@ GROWS, HALF = 2, 2  #: a step is no larger than so many times what was seen, or 
 LOOK = 32  #: once in so many rounds another number is drafted, to learn its time:
 ASIDE = 0.8, 1.25, 0.6  #: these shares of the best one, in turn
 
-SHARE = 0.01  #: of the time without drafts, what may be lost by trying them
+SHARE = 0.0075  #: of the time without drafts, what may be lost by trying them
 FIRST, MOST = 2.0, 3.0  #: what the account holds at first, and at most, for many sequences
 LUCK = 1.0  #: both are larger by this over the root of their number: the tokens of few are luck
 DEAREST = 2.0  #: a round loses no more than this: longer ones were a capture, say
