@@ -7,6 +7,8 @@ weights; the result says which.
 
 import gc
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -59,11 +61,12 @@ def measured(fleet_: Fleet, work: Workload, traffic: Traffic, trace: Trace) -> S
     """Simulate a fleet under `trace`, and report it."""
     spec = find_spec(fleet_.model)
     began = time.perf_counter()
-    outcome = simulate(
-        fleet_, spec, trace, keep_steps=traffic.perfetto is not None,
-        closed_loop=traffic.closed_loop, keep_pages=traffic.plots is not None,
-    )  # fmt: skip
-    result = report(fleet_, work, traffic, trace, outcome)
+    with uncollected():
+        outcome = simulate(
+            fleet_, spec, trace, keep_steps=traffic.perfetto is not None,
+            closed_loop=traffic.closed_loop, keep_pages=traffic.plots is not None,
+        )  # fmt: skip
+        result = report(fleet_, work, traffic, trace, outcome)
     result["wall_seconds"] = time.perf_counter() - began
     return Simulated(result, outcome, trace)
 
@@ -104,10 +107,17 @@ def simulate(
         simulation = Simulation(loop.first(), instances, policy, tally, loop.after)
     else:
         simulation = Simulation(requests_of(trace), instances, policy, tally)
-    was_on = gc.isenabled()
-    gc.disable()  # nothing here is cyclic for long, and looking costs a third of the time
-    try:
+    with uncollected():
         return simulation.run()
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Nobody looks for cycles: none are made for long, and looking costs a third of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if was_on:
             gc.enable()
