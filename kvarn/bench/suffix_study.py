@@ -2,10 +2,10 @@
 
 First the rates on texts of three kinds (`kvarn.bench.reproduce`). Then a stream of which some
 repeats earlier text and some does not, in counts, without a clock: requests come one after the
-other to one engine a setting, copies of the prompt, lists, questions, and questions that were asked
-before. Greedy and in fp32, so that all settings give the same tokens, which is checked (in bf16 near
-ties may fall otherwise: attention of trees is summed up by parts). A round is a step that brings
-tokens; what a proposer saves is rounds, whatever the machine.
+other to one engine a setting: copies of the prompt, lists, questions, and questions asked before.
+Greedy and in fp32, so that all settings give the same tokens, which is checked (in bf16 near ties
+may fall otherwise: attention of trees is summed up by parts). A round is a step that brings tokens;
+what a proposer saves is rounds, whatever the machine.
 """
 
 from collections.abc import Sequence
