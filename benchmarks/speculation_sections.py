@@ -125,9 +125,9 @@ def mixed(rows: list[dict[str, Any]]) -> Lines:
     ]
     return [
         "",
-        "A stream of all kinds, one request at a time, with fixed lengths: tokens a round (a step "
-        "that brings tokens; 1 without drafts), which no machine changes; and of all of it the "
-        "rounds, the tokens drafted and accepted, and the passes of the drafting model.",
+        "A stream of all kinds, one request at a time, in fp32, with fixed lengths: tokens a round "
+        "(a step that brings tokens; 1 without drafts), which no machine changes; and of all of it "
+        "the rounds, the tokens drafted and accepted, and the passes of the drafting model.",
         "",
         *table(["setting", *kinds, "rounds", "drafted", "accepted", "passes"], shown),
     ]

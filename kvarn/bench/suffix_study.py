@@ -2,9 +2,10 @@
 
 First the rates on texts of three kinds (`kvarn.bench.reproduce`). Then a stream of which some
 repeats earlier text and some does not, in counts, without a clock: requests come one after the
-other to one engine a setting, copies of the prompt, lists, questions, and questions that were asked
-before. Greedy, so that all settings give the same tokens, which is checked. A round is a step that
-brings tokens; what a proposer saves is rounds, whatever the machine.
+other to one engine a setting: copies of the prompt, lists, questions, and questions asked before.
+Greedy and in fp32, so that all settings give the same tokens, which is checked (in bf16 near ties
+may fall otherwise: attention of trees is summed up by parts). A round is a step that brings tokens;
+what a proposer saves is rounds, whatever the machine.
 """
 
 from collections.abc import Sequence
@@ -77,7 +78,8 @@ def mixed(model: str) -> list[dict[str, Any]]:
     """Rows by setting and kind of request, with tokens a round."""
     rows, plain, asked = list[Row](), list[list[int]](), stream()
     for setting, options in SETTINGS.items():
-        llm = LLM(model, max_len=1024, max_seqs=4, draft_length="fixed", **options)
+        fixed: dict[str, Any] = {"draft_length": "fixed", "dtype": "float32"}
+        llm = LLM(model, max_len=1024, max_seqs=4, **fixed, **options)
         mine, answers = _serve(llm, setting, asked)
         llm.close()
         plain = plain or answers
