@@ -98,14 +98,17 @@ def sparsity() -> Lines:
 
     pairs = set(values(parts.test_tokens_are_those_of_a_request_alone, ("name", "case")))
     proposers = values(parts.test_drafts_change_nothing, "proposer")
-    drafted = set(values(parts.test_drafts_change_nothing, "name"))
+    drafted = set(values(parts.test_drafts_change_nothing, "spec"))
+    shared = values(parts.test_shared_choices_are_those_of_a_request_alone, "case")
+    pairs |= {(spec, case) for spec in parts.SHARED for case in shared}
+    specs = {name: parts.rule(name) for name in parts.PARTS} | {x: x for x in parts.SHARED}
     rows = [
         [
             name,
             *("x" if (name, case) in pairs else "" for case in parts.CASES),
-            *("x" if name in drafted else "" for _ in proposers),
+            *("x" if spec in drafted else "" for _ in proposers),
         ]
-        for name in parts.PARTS
+        for name, spec in specs.items()
     ]
     return [
         "## The KV that is kept or read", "",
