@@ -34,9 +34,6 @@ class PagedRows:
     page_size: int
     scale: float
     window: int | None = None
-    #: first positions that are seen beside the window: page lists reach back to position 0 before
-    #: the first of their pages (which `base` is the position of), whatever lies between
-    sinks: int = 0
     softcap: float | None = None
     #: on a GPU: the flat page tables of all sequences (int32, on the device), which `page_indptr`
     #: ([S] there: the entry of each span's first page) points into instead of `pages`
@@ -47,6 +44,9 @@ class PagedRows:
     #: number of spans (2 or more), positions shared from `base` on (a multiple of `page_size`,
     #: none from the start of a span on). Read once for all of them.
     shared: Ints | None = None
+    #: first positions that are seen beside the window: page lists reach back to position 0 before
+    #: the first of their pages (which `base` is the position of), whatever lies between
+    sinks: int = 0
 
 
 @dataclass(slots=True)
