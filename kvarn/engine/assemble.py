@@ -196,7 +196,8 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
     every = groups + (drafter.groups if drafter is not None else [])
     every_pages, ledger = _choose_pages(resolved, model, every, workspace, kv_kind.itemsize)
     pages, draft_pages = every_pages[: len(groups)], every_pages[len(groups) :]
-    runner = build.runner(pages, min(config.max_len, spec.max_len))
+    longest = min(config.max_len, spec.max_len)  # what a runner sees at once; streams go on
+    runner = build.runner(pages, longest)
     seconds["kv cache"] = time.perf_counter() - began
     if runner.graphs is not None:
         began = time.perf_counter()
@@ -204,7 +205,7 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
             decode_step(runner, n_seqs)
         seconds["graphs"] = time.perf_counter() - began
         began = time.perf_counter()
-        if not every_kernel(runner, pages, config.budget, config.max_len):
+        if not every_kernel(runner, pages, config.budget, longest):
             log.warning("not every kernel is compiled yet: some requests will wait for one")
         seconds["every kernel"] = time.perf_counter() - began
     step_log = _step_log(config, spec, groups, pages, str(device)) if group.rank == 0 else None

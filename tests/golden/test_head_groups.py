@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import COMMON
 from golden.naive import naive_generate
 from golden.test_sparsity import PROMPT, generate, make_engine
 from torch import Tensor
@@ -107,10 +106,11 @@ def test_a_window_that_holds_all_is_dense(tiny_folder: Any) -> None:
 
 
 @pytest.mark.parametrize("prompt", [20, 150])
-def test_pages_are_sinks_and_window(tmp_path: Path, prompt: int) -> None:
+def test_pages_are_sinks_and_window(tiny_folder: Any, tmp_path: Path, prompt: int) -> None:
     """Through 512 tokens: pages of 4 with the 6 sinks, and those with the last 30 positions."""
-    shape = COMMON | {"model_type": "llama", "max_position_embeddings": 1024}
-    (tmp_path / "config.json").write_text(json.dumps(shape))
+    shape = json.loads((Path(tiny_folder("llama")) / "config.json").read_text())
+    longer = shape | {"max_position_embeddings": 1024}
+    (tmp_path / "config.json").write_text(json.dumps(longer))
     engine = make_engine(
         str(tmp_path), sparsity=RULE.format(0), max_len=700, budget=24, prefix="none"
     )
