@@ -30,11 +30,14 @@ Texts = list[list[Chain]]
 def run(model: str) -> dict[str, Any]:
     """The rows, as a result."""
     headed, bare = _chains(model, "specdec-pp"), _chains(model, "fixed")
+    for text, plain in zip(headed, bare, strict=True):
+        for chain, own in zip(text, plain, strict=True):
+            chain.own = own.said
     rows = [_row(f"fixed {k}", bare, Fixed().goes_on, k) for k in LENGTHS]
     for name, texts in (("head", headed), ("probability", bare)):
         for h in THRESHOLDS:
             rule = SpecDecPP(h).goes_on
-            rows.append(_row(f"{name} {h:g}", texts, rule, LONGEST, late=name == "head"))
+            rows.append(_row(f"{name} {h:g}", texts, rule, LONGEST))
     rows.append(_rates("known", sum(map(partial(known, longest=LONGEST), bare), Counts())))
     said = {"texts": len(bare), "tokens": TEXT, "longest": LONGEST, "ratios": list(RATIOS)}
     header = record.header("reproduce-stops", said, {"model": model})
@@ -61,11 +64,9 @@ def _chains(model: str, length: str) -> Texts:
     return found
 
 
-def _row(
-    policy: str, texts: Texts, goes_on: GoesOn, longest: int, late: bool = False
-) -> dict[str, Any]:
+def _row(policy: str, texts: Texts, goes_on: GoesOn, longest: int) -> dict[str, Any]:
     """One policy over every text."""
-    return _rates(policy, sum((play(one, goes_on, longest, late) for one in texts), Counts()))
+    return _rates(policy, sum((play(one, goes_on, longest) for one in texts), Counts()))
 
 
 def _rates(policy: str, made: Counts) -> dict[str, Any]:

@@ -30,8 +30,9 @@ GoesOn = Callable[[Sequence[float]], bool]  #: see `LengthControl.goes_on`
 class Chain:
     """What the drafter says from one place on."""
 
-    said: list[float]  #: the proposer's word on each token; of a head's chain 1 for the last
+    said: list[float]  #: the word on each token: of the acceptance head, where there is one
     stands: int  #: leading tokens that are the text's own
+    own: list[float]  #: the drafter's probability of each token: until the head's word comes
 
 
 @dataclass(slots=True)
@@ -89,7 +90,8 @@ def chains_of(drafter: DraftModel, tokens: Sequence[int], prompt: int, longest: 
                 if not draft.tokens:
                     behind.append(ask)
                     continue
-                found[place] = Chain(draft.confidence, _agreed(draft.tokens, tokens[place:]))
+                stands, said = _agreed(draft.tokens, tokens[place:]), draft.confidence
+                found[place] = Chain(said, stands, said)
                 drafter.forget(ask.seq)
             todo, rounds = behind, rounds + 1
             if rounds > ROWS * len(tokens):
@@ -109,26 +111,19 @@ def _agreed(drafted: Sequence[int], text: Sequence[int]) -> int:
     return count
 
 
-def play(chains: Sequence[Chain], goes_on: GoesOn, longest: int, late: bool = False) -> Counts:
-    """One text under a rule that drafts up to `longest` tokens.
-
-    `late`: a token's word comes when it is consumed, so the newest counts as accepted.
-    """
+def play(chains: Sequence[Chain], goes_on: GoesOn, longest: int) -> Counts:
+    """One text under a rule that drafts up to `longest` tokens."""
     made, place = Counts(), 0
     while place < len(chains):
         chain = chains[place]
         room = min(longest, len(chain.said), len(chains) - place - 1)
         count = min(1, room)
-        while 0 < count < room and goes_on(_heard(chain.said, count, late)):
+        while 0 < count < room and goes_on([*chain.said[: count - 1], chain.own[count - 1]]):
             count += 1
         accepted = min(count, chain.stands)
         made += Counts(accepted + 1, 1, count, accepted)
         place += accepted + 1
     return made
-
-
-def _heard(said: Sequence[float], count: int, late: bool) -> list[float]:
-    return [*said[: count - 1], 1.0] if late else list(said[:count])
 
 
 def known(chains: Sequence[Chain], longest: int) -> Counts:

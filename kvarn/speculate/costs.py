@@ -14,9 +14,7 @@ neighbours; beyond them it follows the line through the first and the last, and 
 from bisect import bisect_left, insort
 from collections import deque
 
-LAST = (
-    32  #: times of a size that count: contexts grow meanwhile, but steps vary by a tenth and more
-)
+LAST = 32  #: times of a size that count: contexts grow, but steps vary by a tenth and more
 FINE = 8  #: classes from one power of two to the next
 NEAR, APART = 1.25, 2.0  #: a size is known up to so far above the largest seen, below the least
 

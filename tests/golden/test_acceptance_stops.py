@@ -57,7 +57,7 @@ def test_tokens_are_those_of_plain_decoding(
 def test_drafts_end_where_rejection_is_likely(tiny_folder: Any, headed: str, wanted: Any) -> None:
     """Every draft ends at the first place where the chance of a rejection reaches the threshold."""
     requests, _ = wanted
-    engine = stopping(tiny_folder("llama"), headed, 0.6)
+    engine = stopping(tiny_folder("llama"), headed, 0.9)
     assert engine.speculation is not None
     seen: list[Record] = []
     engine.speculation.listeners.append(seen.append)
@@ -65,13 +65,10 @@ def test_drafts_end_where_rejection_is_likely(tiny_folder: Any, headed: str, wan
     lengths = set()
     for record in seen:
         said, chance = record.draft.confidence, 1.0
-        assert said[-1] == 1.0  # nobody has consumed the newest
-        assert all(0.0 < one < 1.0 for one in said[:-1])
-        for i, one in enumerate(said[:-1], 1):
+        assert all(0.0 < one < 1.0 for one in said)
+        for one in said[:-2]:  # the head had judged all but the newest when each more was drafted
             chance *= one
-            before_last = i < len(said) - 1
-            if before_last and i >= 1:
-                assert 1 - chance < 0.6 or i + 1 < 2, "it should have ended earlier"
+            assert 1 - chance < 0.9, "it should have ended earlier"
         lengths.add(len(said))
     assert len(lengths) > 2
 

@@ -86,10 +86,13 @@ def test_fixed_lengths_are_played_as_they_run(drafting: Any, length: int) -> Non
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8])
 def test_stops_of_the_head_are_played_as_they_run(drafting: Any, threshold: float) -> None:
     texts, seen = served(drafting("specdec-pp", threshold))
-    drafter = drafter_of(drafting("specdec-pp"))
+    headed, bare = (drafter_of(drafting(length)) for length in ("specdec-pp", "fixed"))
     rule, made = SpecDecPP(threshold), Counts()
     for text, prompt in zip(texts, ASKED, strict=True):
-        made += play(chains_of(drafter, text, len(prompt), MOST), rule.goes_on, MOST, late=True)
+        chains, own = (chains_of(one, text, len(prompt), MOST) for one in (headed, bare))
+        for chain, plain in zip(chains, own, strict=True):
+            chain.own = plain.said
+        made += play(chains, rule.goes_on, MOST)
     assert made.drafted == sum(len(one.draft.tokens) for one in seen)
     assert made.accepted == sum(one.accepted for one in seen)
 
@@ -104,8 +107,9 @@ def test_counts_cost_what_the_identity_says() -> None:
 
 
 def test_a_late_word_stops_one_token_later() -> None:
-    said = [0.9, 0.1, 0.9, 0.9, 1.0]
-    chains = [Chain(said, 0)] + [Chain(said, 5)] * 9
+    said, own = [0.9, 0.1, 0.9, 0.9, 0.9], [0.9] * 5
     rule = SpecDecPP(0.5).goes_on
-    assert play(chains[:1] * 7, rule, 5).drafted == 2 * 6 - 1  # no draft where one token is left
-    assert play(chains, rule, 5, late=True).drafted == 3 + 3 + 3 + 0
+    known = [Chain(said, 0, said)] * 7
+    assert play(known, rule, 5).drafted == 2 * 6 - 1  # no draft where one token is left
+    late = [Chain(said, 0, own)] + [Chain(said, 5, own)] * 9
+    assert play(late, rule, 5).drafted == 3 + 3 + 3 + 0

@@ -23,8 +23,20 @@ class Times:
     def step(self, rows: int) -> float:
         return self.fixed + self.row * rows
 
+    def verifying(self, rows: int) -> float:
+        return self.step(rows)
+
+    def reach(self) -> int:
+        return 64
+
     def draft(self, seqs: int, most: int) -> float:
         return self.token * most
+
+    def back(self) -> float:
+        return self.token
+
+    def knows(self, rows: int) -> bool:
+        return self.step(rows) > 0.0
 
 
 seconds = st.sampled_from([0.0, 1e-4, 1e-2, 1.0])  # 0: not known yet

@@ -8,7 +8,9 @@ between `LEAST` and `GREATEST`. In a batch a discarded token also costs its row 
 judges it.
 
 The probability of a token is what the proposer reports. The drafting model has the paper's head for
-it (`kvarn.speculate.train.head`), whose word comes one token late: the newest counts as accepted.
+it (`kvarn.speculate.train.head`), whose word comes one token late. In the paper the newest token
+counts as accepted, so that a draft is never shorter than two; here the drafter's own probability
+stands in for the head's word until that comes.
 
 Regime: proposers that draft token by token and know how sure they are. Loses to a fixed length
 where confidence says nothing of acceptance; never says that drafts should not be made at all.
@@ -24,7 +26,7 @@ from kvarn.speculate.part import Costs, Round, Verified
 
 LEAST, GREATEST = 0.2, 0.8  #: bounds of the threshold where it follows costs (ours)
 UNKNOWN = 0.5  #: threshold while times are not known (ours)
-SHORTEST, LONGEST = 2, 20  #: tokens of a draft (the released configuration)
+LONGEST = 20  #: tokens of a draft (the released configuration)
 
 
 class SpecDecPP(Part):
@@ -57,8 +59,6 @@ class SpecDecPP(Part):
 
     def goes_on(self, confidence: Sequence[float]) -> bool:
         """While it is likely enough that all of them are accepted."""
-        if len(confidence) < SHORTEST:
-            return True
         return 1.0 - math.prod(confidence) < self.threshold
 
     def observe(self, records: Sequence[Verified], step: float, draft: float) -> None:

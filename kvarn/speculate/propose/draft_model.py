@@ -3,7 +3,7 @@
 It has a runner, pages and a prefix index of its own: whatever befalls the target's KV (preemption,
 swapping, eviction) does not touch the drafter's, which catches up by itself, in chunks of the
 step's budget. Each token's probability under it is the confidence that length controls stop by;
-with an acceptance head it is the head's word, which comes one token late: 1 for the newest.
+with an acceptance head it is the head's word, which comes one token late: until then its own.
 
 Drafts are its most likely tokens (DELTA). Where they are to be drawn and the request samples, they
 are drawn as the request's tokens are, at its temperature, top-k, top-p and min-p, and verification
@@ -236,10 +236,8 @@ class DraftModel(Part):
             if self.head is not None:
                 if one.draft.tokens:
                     one.draft.confidence[-1] = self._accepted[row]
-                one.draft.confidence.append(1.0)
                 self._own[row] = own
-            else:
-                one.draft.confidence.append(own)
+            one.draft.confidence.append(own)
             one.draft.tokens.append(result.tokens[i][0])
             if self.draws is not None:
                 q = self.draws.q.get(row)
