@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from kvarn.bench.options import Fleet
-from kvarn.bench.sim import find_spec, make_control, requests_of
+from kvarn.bench.sim_fleet import find_spec, make_control
+from kvarn.bench.sim_load import requests_of
 from kvarn.bench.validation import errors, simulated_times, times
 from kvarn.cluster import fleet
 from kvarn.cluster.router.round_robin import RoundRobin

@@ -2,7 +2,8 @@
 
     python benchmarks/sim_scale.py TRACES_FOLDER [--minutes 1] [--json FILE]
 
-Poisson arrivals with the lengths of Azure's 2023 conversation trace, `least_loaded`, one process.
+Poisson arrivals with the lengths of Azure's 2023 conversation trace: `least_loaded` in one process,
+and `round_robin` in two.
 `--minutes 60` is the whole hour; of a shorter slice the time of an hour is projected from the time
 by request (of a minute, as of an hour, gaps between tokens are counted, of less they are kept).
 Also the Mooncake conversation trace (an hour) on 16 instances with prefix caching.
@@ -10,6 +11,8 @@ Everything is counted: making the requests, the simulation, the result.
 """
 
 import argparse
+import multiprocessing
+import os
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -36,17 +39,36 @@ def poisson(path: Path, seconds: float) -> Trace:
     return Trace("synthetic-poisson", tuple(requests), chain=(f"lengths of {path.name}",))
 
 
-def timed(fleet: Fleet, path: Path, seconds: float | None = None) -> dict[str, Any]:
+def timed(fleet: Fleet, path: Path, seconds: float | None = None, jobs: int = 1) -> dict[str, Any]:
     """Simulate a trace (or `seconds` of arrivals with its lengths): wall and processor seconds."""
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu = time.perf_counter(), processor()
     trace = open_trace(str(path)) if seconds is None else poisson(path, seconds)
-    done = sim.measured(fleet, Workload(), Traffic(), trace)
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    done = sim.measured(fleet, Workload(), Traffic(jobs=jobs), trace)
+    wall, cpu = time.perf_counter() - wall, processor() - cpu
     return {
+        "jobs": jobs,
         "instances": fleet.instances, "router": fleet.router, "prefix": fleet.prefix,
         "requests": len(trace), "completed": done.result["completed"],
         "steps": done.result["steps"], "virtual_seconds": done.outcome.seconds,
         "wall_seconds": wall, "cpu_seconds": cpu, "requests_per_second": len(trace) / wall,
+    }  # fmt: skip
+
+
+def processor() -> float:
+    """Seconds that this process and those it started have taken of processors."""
+    while multiprocessing.active_children():  # waits for those that are done
+        time.sleep(0.01)
+    took = os.times()
+    return took.user + took.system + took.children_user + took.children_system
+
+
+def of_an_hour(found: dict[str, Any], minutes: float) -> dict[str, Any]:
+    """What an hour of such arrivals takes, by the time of a request."""
+    by_request = 3600 * RATE / found["requests"] / 3600
+    return found | {
+        "minutes": minutes, "rate": RATE,
+        "hour_in_wall_hours": found["wall_seconds"] * by_request,
+        "hour_in_cpu_hours": found["cpu_seconds"] * by_request,
     }  # fmt: skip
 
 
@@ -57,16 +79,16 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--json", default=None)
     given = parser.parse_args()
-    large = timed(LARGE, given.traces / AZURE, given.minutes * 60)
-    by_request = 3600 * RATE / large["requests"] / 3600
-    large |= {"minutes": given.minutes, "rate": RATE,
-              "hour_in_wall_hours": large["wall_seconds"] * by_request,
-              "hour_in_cpu_hours": large["cpu_seconds"] * by_request}  # fmt: skip
-    print(large, flush=True)
+    large, shared = (
+        of_an_hour(timed(fleet, given.traces / AZURE, given.minutes * 60, jobs), given.minutes)
+        for fleet, jobs in ((LARGE, 1), (replace(LARGE, router="round_robin"), 2))
+    )
+    print(large, shared, flush=True)
     mooncake = timed(SMALL, given.traces / MOONCAKE)
     print(mooncake)
     result = record.header("sim_scale", {"traces": [AZURE, MOONCAKE]}, asdict(LARGE))
-    record.write(result | {"large": large, "mooncake": mooncake}, given.json)
+    found = {"large": large, "shared": shared, "mooncake": mooncake}
+    record.write(result | found, given.json)
 
 
 if __name__ == "__main__":

@@ -31,16 +31,19 @@ def sim_routers(result: dict[str, Any]) -> Lines:
 def sim_scale(result: dict[str, Any]) -> Lines:
     """What the simulator itself takes."""
     names = (
-        "instances", "router", "prefix", "requests", "steps", "virtual_seconds", "wall_seconds",
-        "cpu_seconds", "requests_per_second",
+        "jobs", "instances", "router", "prefix", "requests", "steps", "virtual_seconds",
+        "wall_seconds", "cpu_seconds", "requests_per_second",
     )  # fmt: skip
-    large = result["large"]
-    rows = [[result[one][name] for name in names] for one in ("large", "mooncake")]
+    large, shared = result["large"], result["shared"]
+    rows = [[result[one][name] for name in names] for one in ("large", "shared", "mooncake")]
+    hours = [
+        f"{cell(one['hour_in_wall_hours'])} hours ({cell(one['hour_in_cpu_hours'])} of processors)"
+        for one in (large, shared)
+    ]
     return [
-        f"One process. The first row is {large['minutes']:g} minutes of arrivals at "
-        f"{large['rate']:.0f} requests/s; by its time a request, an hour of them takes "
-        f"{cell(large['hour_in_wall_hours'])} hours ({cell(large['hour_in_cpu_hours'])} of the "
-        f"processor). The second is the whole Mooncake conversation trace.",
+        f"The first two rows are {large['minutes']:g} minutes of arrivals at {large['rate']:.0f} "
+        f"requests/s; by their time a request, an hour of them takes {hours[0]} in one process, and "
+        f"{hours[1]} in {shared['jobs']}. The last is the whole Mooncake conversation trace.",
         "",
         *table([name.replace("_", " ") for name in names], rows),
     ]

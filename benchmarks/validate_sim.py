@@ -19,7 +19,7 @@ from public_runs import RUNS, Row, served, simulated, transferred
 
 from kvarn.bench import record
 from kvarn.bench.options import Fleet
-from kvarn.bench.sim import find_spec
+from kvarn.bench.sim_fleet import find_spec
 from kvarn.bench.validation import SHORTEST, WAVES, closed_loop, simulated_times, times
 from kvarn.core.errors import ConfigError
 from kvarn.cost.rounded import Rounded

@@ -17,7 +17,7 @@ from kvarn.bench.checks import check_fleet, check_traffic
 from kvarn.bench.options import Fleet, Search, Traffic, Workload
 from kvarn.bench.prices import Prices
 from kvarn.bench.probes import Probe
-from kvarn.bench.sim import find_spec, page_size_of, pages_by_formula, price_list
+from kvarn.bench.sim_fleet import find_spec, page_size_of, pages_by_formula, price_list
 from kvarn.bench.sim_load import find_trace, sessions_of
 from kvarn.core.errors import ConfigError, nearest
 from kvarn.core.model import ModelSpec

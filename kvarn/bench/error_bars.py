@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any, Literal, get_type_hints
 
-from kvarn.bench import record, residuals, sim
+from kvarn.bench import record, residuals, sim, sim_fleet
 from kvarn.bench.options import Fleet, Traffic, Workload
 from kvarn.bench.sim_load import find_trace
 from kvarn.bench.sim_report import workload_of
@@ -128,7 +128,7 @@ def run(
     trace = find_trace(work, traffic)
     found = compare(
         fleets,
-        lambda one: sim.price_list(one, sim.find_spec(one.model)),
+        lambda one: sim_fleet.price_list(one, sim_fleet.find_spec(one.model)),
         draws(width.sigma, how.n, how.seed),
         simulator(trace, traffic.closed_loop),
         watch,
@@ -154,7 +154,7 @@ def simulator(trace: Trace, closed_loop: bool = False) -> Simulate:
     """Simulations of one trace."""
 
     def run(fleet: Fleet, cost: CostModel) -> Measures:
-        spec = sim.find_spec(fleet.model)
+        spec = sim_fleet.find_spec(fleet.model)
         return measures(sim.simulate(fleet, spec, trace, cost=cost, closed_loop=closed_loop))
 
     return run

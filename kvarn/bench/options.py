@@ -151,6 +151,7 @@ class Traffic:
         None, "write every instance's steps to this file (ui.perfetto.dev)"
     )
     plots: str | None = option(None, "draw latencies and KV use into this folder, as SVG files")
+    jobs: int = option(1, "processes that share the instances; above 1: with router=round_robin")
 
 
 @dataclass(slots=True)

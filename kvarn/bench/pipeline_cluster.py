@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from kvarn.bench import sim
+from kvarn.bench import sim_fleet
 from kvarn.bench.options import Fleet
 from kvarn.bench.stats import percentile
 from kvarn.cluster import fleet
@@ -44,12 +44,14 @@ class Cluster:
 
     def run(self, load: Pipelines, coasts: bool = True, pages: bool = False) -> PipelineOutcome:
         """Simulate; `pages` keeps how many each instance holds over time."""
-        spec, one = sim.find_spec(self.fleet.model), self.fleet
-        cost = self.cost or sim.price_list(one, spec)
+        spec, one = sim_fleet.find_spec(self.fleet.model), self.fleet
+        cost = self.cost or sim_fleet.price_list(one, spec)
         tally = Tally(keep_gaps=False, page_use={} if pages else None)
         empty = Trace("pipelines", ())
         instances = [
-            Instance(f"{spec.name}-{i}", sim.make_control(one, spec, empty), cost, tally, coasts)
+            Instance(
+                f"{spec.name}-{i}", sim_fleet.make_control(one, spec, empty), cost, tally, coasts
+            )
             for i in range(one.instances)
         ]
         policy = Routing(RoundRobin(), fleet.Fleet(one.instances))
@@ -62,7 +64,8 @@ def retrieval(most: int, patience: float = 0.0) -> dict[str, Station]:
     Sizes and devices are our choice; each takes up to `most` jobs at once.
     """
     small, large = (
-        cost_model(sim.find_spec(name), device="L4") for name in ("smollm2-135m", "smollm2-1.7b")
+        cost_model(sim_fleet.find_spec(name), device="L4")
+        for name in ("smollm2-135m", "smollm2-1.7b")
     )
     index, cpu = VectorIndex(), find_device("cpu")
 

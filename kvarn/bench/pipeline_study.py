@@ -12,7 +12,7 @@ from typing import Any
 from kvarn.bench import record
 from kvarn.bench.options import Fleet
 from kvarn.bench.pipeline_cluster import PAGE, RAG, Cluster, figures, most_pages, retrieval
-from kvarn.bench.sim import find_spec, price_list
+from kvarn.bench.sim_fleet import find_spec, price_list
 from kvarn.cost.link import Link
 from kvarn.cost.shape import CostModel, StepShape
 from kvarn.sim.links import SharedLink

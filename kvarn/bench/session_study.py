@@ -12,7 +12,7 @@ from typing import Any
 
 from kvarn.bench import record
 from kvarn.bench.session_engine import engine_rate
-from kvarn.bench.sim import find_spec
+from kvarn.bench.sim_fleet import find_spec
 from kvarn.cost.devices import find_device
 from kvarn.cost.precision import Precision
 from kvarn.cost.session import TECHNIQUES, Channel, SessionModel, Workload, session_model

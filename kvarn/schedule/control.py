@@ -65,7 +65,9 @@ class Capacity:
 
 
 @dataclass(slots=True)
-class _Counters:
+class Counters:
+    """What has happened so far."""
+
     preemptions: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -103,8 +105,8 @@ class ControlPlane:
         self._gone: list[SeqId] = []  # left since the last plan: the executor must forget them
         self._drafted: list[SeqId] = []  # since the last plan
         self._next_seq = 0
-        self._step = 0
-        self._count = _Counters()
+        self.steps = 0
+        self.counters = Counters()
 
     # requests
 
@@ -114,7 +116,7 @@ class ControlPlane:
         if len(self.queues.waiting) + n > self.capacity.max_queue + self.free_places:
             raise QueueFull(
                 f"the queue is full ({self.capacity.max_queue} waiting); try again later",
-                retry_after=max(1.0, round(self._count.queue_time)),
+                retry_after=max(1.0, round(self.counters.queue_time)),
             )
         seqs: list[Seq] = []
         for index in range(n):
@@ -172,7 +174,7 @@ class ControlPlane:
             self.kv.release(seq, now, keep)
             self._gone.append(seq.id)
         seq.status = Status.FINISHED
-        self._count.finished[reason] = self._count.finished.get(reason, 0) + 1
+        self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
         del self.seqs[seq.id]
         siblings = self._by_request[seq.request.id]
         if all(s.status is Status.FINISHED for s in siblings):
@@ -197,16 +199,16 @@ class ControlPlane:
 
     def plan(self, now: float) -> StepPlan:
         """Decide the next step."""
-        plan = StepPlan(self._step, stops=self._gone)
+        plan = StepPlan(self.steps, stops=self._gone)
         self._gone = []
-        self._step += 1
+        self.steps += 1
         step = Planner(plan, self.queues, self.kv, self.budget, self.max_seqs, now)
         self.scheduler.plan(step, now)
         step.compact()
         for seq_id in self._drafted:
             self.seqs[seq_id].draft = None
         self._drafted = []
-        count = self._count
+        count = self.counters
         count.preemptions += len(step.preempted)
         count.verify_steps += bool(plan.drafts)
         for seq in step.admitted:
@@ -257,8 +259,8 @@ class ControlPlane:
     def _settle(self, seq: Seq, drafts: int, accepted: int) -> None:
         """Of `drafts` positions computed at the end of `seq`, only the `accepted` first count."""
         seq.computed -= drafts - accepted
-        self._count.drafted_tokens += drafts
-        self._count.accepted_tokens += accepted
+        self.counters.drafted_tokens += drafts
+        self.counters.accepted_tokens += accepted
 
     def skip(self, steps: int) -> None:
         """Count decode steps of every running sequence that were taken at once (`coast`).
@@ -266,9 +268,9 @@ class ControlPlane:
         Nobody is told of those that left before: there is no plan to say it.
         """
         self._gone = []
-        self._step += steps
-        self._count.output_tokens += steps * len(self.queues.running)
-        last = self._step - 1
+        self.steps += steps
+        self.counters.output_tokens += steps * len(self.queues.running)
+        last = self.steps - 1
         for seq in self.queues.running:
             seq.planned_step, seq.planned_from = last, seq.computed - 1
 
@@ -285,7 +287,7 @@ class ControlPlane:
                 return self._end(seq, tokens[: i + 1], "stop", token, extra, now)
             if len(known) > seq.goal:
                 return self._end(seq, tokens[: i + 1], "length", None, extra, now)
-        self._count.output_tokens += len(tokens)
+        self.counters.output_tokens += len(tokens)
         return Progress(seq, tokens, None, None, extra)
 
     def _end(
@@ -297,7 +299,7 @@ class ControlPlane:
         extra: SpanResult | None,
         now: float,
     ) -> Progress:
-        self._count.output_tokens += len(tokens)
+        self.counters.output_tokens += len(tokens)
         self.finish(seq, reason, now)
         return Progress(seq, tokens, reason, stop, extra)
 
@@ -343,7 +345,7 @@ class ControlPlane:
         """A running sequence waits again and will be computed anew."""
         self._leave(seq, now)
         seq.preemptions += 1
-        self._count.preemptions += 1
+        self.counters.preemptions += 1
         self.queues.enqueue(seq)
 
     def _leave(self, seq: Seq, now: float) -> None:
@@ -371,7 +373,7 @@ class ControlPlane:
 
     def stats(self) -> EngineStats:
         """Counters and gauges."""
-        count = self._count
+        count = self.counters
         return EngineStats(
             running=len(self.queues.running),
             waiting=len(self.queues.waiting),
@@ -385,7 +387,7 @@ class ControlPlane:
             drafted_tokens=count.drafted_tokens,
             accepted_tokens=count.accepted_tokens,
             verify_steps=count.verify_steps,
-            steps=self._step,
+            steps=self.steps,
             finished=dict(count.finished),
         )
 

@@ -8,7 +8,7 @@ from statistics import fmean
 
 import pytest
 
-from kvarn.bench import error_bars, residuals, sim
+from kvarn.bench import error_bars, residuals, sim, sim_fleet
 from kvarn.bench.error_bars import Draws, gain, judge, varied
 from kvarn.bench.options import Fleet, Traffic, Workload
 from kvarn.bench.sim_load import find_trace
@@ -51,10 +51,10 @@ def test_only_a_fifth_percentile_above_one_decides():
 def test_equal_policies_have_ratio_one_in_every_draw(validation):
     how = Draws(n=4, seed=1, residuals=validation)
     fleet = Fleet(instances=2)
-    spec, trace = sim.find_spec(fleet.model), find_trace(WORK, TRAFFIC)
+    spec, trace = sim_fleet.find_spec(fleet.model), find_trace(WORK, TRAFFIC)
     found = error_bars.compare(
         {"one": fleet, "again": replace(fleet)},
-        lambda one: sim.price_list(one, spec),
+        lambda one: sim_fleet.price_list(one, spec),
         draws(residuals.read(validation).sigma, how.n, how.seed),
         error_bars.simulator(trace),
     )
@@ -93,9 +93,9 @@ def test_every_policy_meets_the_same_factors():
         seen[fleet.router].append(getattr(cost, "factors", None))
         return dict.fromkeys(error_bars.MEASURES, 1.0)
 
-    spec, factors = sim.find_spec("llama-3.1-8b"), draws({"decode": 0.3}, 5, 7)
+    spec, factors = sim_fleet.find_spec("llama-3.1-8b"), draws({"decode": 0.3}, 5, 7)
     fleets = varied(Fleet(), "router=round_robin,least_loaded")
-    error_bars.compare(fleets, lambda one: sim.price_list(one, spec), factors, simulate)
+    error_bars.compare(fleets, lambda one: sim_fleet.price_list(one, spec), factors, simulate)
     assert seen["round_robin"] == seen["least_loaded"] == [None, *factors]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kvarn.bench.options import Fleet
-from kvarn.bench.sim import find_spec, overlaps, pages_by_formula
+from kvarn.bench.sim_fleet import find_spec, overlaps, pages_by_formula
 from kvarn.cli import main
 
 ROWS = [
@@ -53,7 +53,7 @@ def test_a_trace_gives_the_keys_of_bench_serve(tmp_path, trace, capsys):
 
 def test_gaps_that_are_counted_agree_with_those_that_are_kept(tmp_path, trace, monkeypatch):
     kept = sim(tmp_path, "--trace", trace)
-    monkeypatch.setattr("kvarn.bench.sim.MOST_GAPS", 100)
+    monkeypatch.setattr("kvarn.bench.sim_fleet.MOST_GAPS", 100)
     counted = sim(tmp_path, "--trace", trace)
     for name in ("mean", "median", "p99"):
         assert counted[f"{name}_itl_ms"] == pytest.approx(kept[f"{name}_itl_ms"], abs=1e-3)
