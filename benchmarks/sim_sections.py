@@ -42,8 +42,8 @@ def sim_scale(result: dict[str, Any]) -> Lines:
     ]
     return [
         f"The first two rows are {large['minutes']:g} minutes of arrivals at {large['rate']:.0f} "
-        f"requests/s; by their time a request, an hour of them takes {hours[0]} in one process, and "
-        f"{hours[1]} in {shared['jobs']}. The last is the whole Mooncake conversation trace.",
+        f"requests/s; by their time a request, an hour of them takes {hours[0]} in one process, "
+        f"and {hours[1]} in {shared['jobs']}. The last is the whole Mooncake conversation trace.",
         "",
         *table([name.replace("_", " ") for name in names], rows),
     ]
