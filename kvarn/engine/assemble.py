@@ -22,7 +22,7 @@ from kvarn.kv.sizing import bytes_of, pages_by_group, pages_for_bytes
 from kvarn.models.fit import GIB, free_memory
 from kvarn.models.load import Model, load
 from kvarn.models.precision import choose_device
-from kvarn.runner.executor import Executor
+from kvarn.runner.executor import Executor, Runner
 from kvarn.runner.factory import RunnerFactory
 from kvarn.runner.grammar import GrammarCompiler
 from kvarn.runner.graphs import MOST_LOGITS
@@ -159,11 +159,6 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
     model = load(resolved, group=group)
     spec, device = model.spec, model.device
     seconds = {"kernels": compiled, **model.seconds}
-    if group.ranks > 1 and any(found.heads for found in split(spec.groups(), config.sparsity)):
-        raise ConfigError(
-            f"sparsity={config.sparsity} puts KV heads into several table groups, which tp="
-            f"{group.ranks} ranks do not have alike; use tp=1 or another part"
-        )
     groups = split(model.decoder.spec.groups(), config.sparsity)
     captured = device.type == "cuda" and Cap.CAPTURE in parts["attention"].gives
     _choose_step(resolved, device, captured)
@@ -173,17 +168,7 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
     if model.tokenizer is not None and spec.eos_ids:
         grammars = GrammarCompiler.of(model.tokenizer, spec.eos_ids, spec.vocab)
     sampler = Sampler(spec.vocab, device, config.seed, grammars)
-    rules = Rules(
-        groups,
-        config.page_size,
-        config.sparsity,
-        config.draft_tokens if config.speculate != "none" else 0,
-        config.deterministic,
-        config.max_len,
-        spec.max_len,
-    )
-    if config.draft_shape == "tree":
-        _check_trees(rules, spec.name)
+    rules = _choose_rules(config, spec, groups, group.ranks)
     backend = parts["attention"]()
     build = RunnerFactory(config, model, groups, backend, sampler, kv_kind, rules, captured)
     began = time.perf_counter()
@@ -200,14 +185,7 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
     runner = build.runner(pages, longest)
     seconds["kv cache"] = time.perf_counter() - began
     if runner.graphs is not None:
-        began = time.perf_counter()
-        for n_seqs in (config.max_seqs, 1):  # the largest first: all graphs share its memory
-            decode_step(runner, n_seqs)
-        seconds["graphs"] = time.perf_counter() - began
-        began = time.perf_counter()
-        if not every_kernel(runner, pages, config.budget, longest):
-            log.warning("not every kernel is compiled yet: some requests will wait for one")
-        seconds["every kernel"] = time.perf_counter() - began
+        seconds |= _warm_up(runner, config, pages, longest)
     step_log = _step_log(config, spec, groups, pages, str(device)) if group.rank == 0 else None
     control = build_control(
         groups,
@@ -250,6 +228,38 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
         rules,
         seconds,
     )
+
+
+def _choose_rules(
+    config: EngineConfig, spec: ModelSpec, groups: list[GroupSpec], ranks: int
+) -> Rules:
+    """What stays of sequences and is read of them; what does not go together is an error here."""
+    if ranks > 1 and any(found.heads for found in split(spec.groups(), config.sparsity)):
+        raise ConfigError(
+            f"sparsity={config.sparsity} puts KV heads into several table groups, which tp={ranks} "
+            f"ranks do not have alike; use tp=1 or another part"
+        )
+    drafts = config.draft_tokens if config.speculate != "none" else 0
+    rules = Rules(
+        groups, config.page_size, config.sparsity, drafts, config.deterministic, config.max_len,
+        spec.max_len,
+    )  # fmt: skip
+    if config.draft_shape == "tree":
+        _check_trees(rules, spec.name)
+    return rules
+
+
+def _warm_up(
+    runner: Runner, config: EngineConfig, pages: list[int], longest: int
+) -> dict[str, float]:
+    """Capture the first steps and compile what others launch; seconds by stage."""
+    began = time.perf_counter()
+    for n_seqs in (config.max_seqs, 1):  # the largest first: all graphs share its memory
+        decode_step(runner, n_seqs)
+    captured = time.perf_counter()
+    if not every_kernel(runner, pages, config.budget, longest):
+        log.warning("not every kernel is compiled yet: some requests will wait for one")
+    return {"graphs": captured - began, "every kernel": time.perf_counter() - captured}
 
 
 def _choose_parts(resolved: Resolved, here: Cap) -> dict[str, Any]:
