@@ -1,16 +1,18 @@
 """`kvarn bench offline | serve | latency | startup | perplexity | compare | policies`."""
 
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvarn.bench.compare import Row
 from kvarn.bench.options import Latency, Load, Offline, Perplexity, Startup, Workload
 from kvarn.cli_compare_policies import policies
 from kvarn.cli_options import chosen, takes
 from kvarn.core.config import EngineConfig
 from kvarn.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvarn.bench.compare import Row
 
 Model = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="the same as --model")]
 ToFile = Annotated[str | None, typer.Option("--json", metavar="FILE", help="write the result")]
@@ -163,7 +165,7 @@ def _compare(
     return 0
 
 
-def ratio_lines(rows: list[Row]) -> list[str]:
+def ratio_lines(rows: "list[Row]") -> list[str]:
     """Measures of two results and their ratios as a table."""
     width = max((len(row.name) for row in rows), default=4)
     lines = [f"{'':{width}}  {'a':>12}  {'b':>12}  {'b/a':>7}"]

@@ -36,7 +36,8 @@ MANY, ALIKE = 4, 1e4  #: fewer than this; and where they do not differ at all
 FOUND = 0.95  #: weight of the past in the share of asked tokens that the proposer finds, by round
 BEGINS, STAYS = 1.10, 1.06  #: gain over no drafts that must be promised after a round without, with
 PLAIN = 4  #: rounds without drafts that measure the plain step: the first does not count
-QUIET = 8  #: rounds without drafts after one that found none to pay: to think takes time as well
+QUIET = 8  #: rounds at most, up to the next trial, that follow one in which drafts did not pay and
+#: are without: to think takes time as well
 REFRESH = 200  #: rounds with drafts after which it is measured again
 GRID = 24  #: numbers of drafted tokens that are compared
 GROWS, HALF = 2, 2  #: a step is no larger than so many times what was seen, or than one more draft
@@ -188,7 +189,7 @@ class Survival(Part):
         else:
             lengths = self._tried(round_)
         if self._account.holds <= 0.0 or not any(lengths):
-            self._resting = QUIET
+            self._resting = max(0, min(QUIET, self._trials.wait - 1))
             self._goes_plain()
             return [0] * n
         self._since += 1
