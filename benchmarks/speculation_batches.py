@@ -119,6 +119,7 @@ def measure(llm: LLM, kinds: Sequence[Kind], batch: int, ask: Ask, repeats: int)
             use(llm, one, speculation)
             output = OUTPUT if turn or one.learns else SHORT
             params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=ask is made_up)
+            engine.reset_prefix_cache()  # or who comes first alone computes the prompts
             asked, before = ask(batch, turn), engine.stats()
             began = perf_counter()
             llm.generate(asked, params)

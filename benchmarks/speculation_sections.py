@@ -1,5 +1,6 @@
 """Sections of docs/results.md on speculation."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from cells import Lines, cell, table
@@ -15,7 +16,7 @@ def speculation_batches(result: dict[str, Any]) -> Lines:
         "accepted with the probability named) and drafts that cost nothing: output rate over that "
         "without speculation in the same run, by batch size.",
         "",
-        *_by_batch(result["results"]),
+        *_by_batch(result["results"], result.get("unlike", {}).get("results", ())),
     ]
     if "drafter_results" in result:
         model = result["drafter_config"]["model"]
@@ -24,14 +25,19 @@ def speculation_batches(result: dict[str, Any]) -> Lines:
             f"{model} with the drafter that comes with kvarn, greedy, on questions about what it "
             "was not trained on:",
             "",
-            *_by_batch(result["drafter_results"]),
+            *_by_batch(
+                result["drafter_results"], result.get("unlike", {}).get("drafter_results", ())
+            ),
         ]
+    if "unlike" in result:
+        lines += ["", f"Left out: {result['unlike']['why']}"]
     return lines
 
 
-def _by_batch(results: list[dict[str, Any]]) -> Lines:
-    """Ratios by kind and batch size; expected tokens a round where they are told."""
-    batches = list(dict.fromkeys(row["batch"] for row in results))
+def _by_batch(results: list[dict[str, Any]], unlike: Sequence[int]) -> Lines:
+    """Ratios by kind and batch size, but those whose plain runs were `unlike` the others; expected
+    tokens a round where they are told."""
+    batches = [one for one in dict.fromkeys(row["batch"] for row in results) if one not in unlike]
     ratio = {(row["kind"], row["batch"]): row["ratio"] for row in results}
     told = {row["kind"]: row.get("expected_tokens") for row in results}
     names, extra = ["kind"], any(told.values())

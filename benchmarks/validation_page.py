@@ -181,7 +181,7 @@ def main() -> None:
     lines = [HEAD, *engine("cpu", "a CPU", "cpu"),
              *engine("h100", "an H100, room for all KV", "h100 --pool slack"),
              *engine("h100_scarce", "an H100, little room", "h100 --pool thrashing"),
-             *engine("h200", "an H200", "h200"), *pipeline(), REST,
+             *engine("h200", "an H200, room for all KV", "h200 --pool slack"), *pipeline(), REST,
              *served(result["runs"]), *points(result)]  # fmt: skip
     PAGE.write_text("\n".join(lines).rstrip() + "\n")
     print(PAGE.relative_to(ROOT))

@@ -60,9 +60,7 @@ class Selecting:
         self.keep = np.zeros(n_rows, np.int64)  #: pages that each row sees
         self.dense = np.zeros(n_rows, np.int64)  #: first layers that see all
         self.reuse = np.ones(n_rows, np.int64)  #: rows of a page that share a choice
-        self.odd = np.zeros(
-            n_rows, np.bool_
-        )  #: whether it chooses by something else than the bounds
+        self.odd = np.zeros(n_rows, np.bool_)  #: chooses by something else than the bounds
         self.sketched = np.zeros(n_rows, np.int64)  #: leading pages that have bounds
         own = rules.lists
         self.most = 0 if own is None else own.budget // image.page_size  #: of a remembered list

@@ -11,10 +11,12 @@ import pairs_page
 import part_results
 import proposers
 import scheduler_overhead
+import speculation_batches
 import table
 
 from kvarn.bench import part_results as shown
 from kvarn.core.part import known
+from kvarn.engine.llm import LLM
 
 
 def test_scheduler_overhead_times_full_decode_steps():
@@ -22,6 +24,37 @@ def test_scheduler_overhead_times_full_decode_steps():
         times = scheduler_overhead.measure(4, 16, 20, 10, prefix, windows)
         assert len(times) == 10
         assert min(times) > 0
+
+
+def test_every_kind_of_drafting_computes_its_prompts(tiny_folder, monkeypatch):
+    """Who comes first must not pay for the prompts of the others."""
+    monkeypatch.setattr(speculation_batches, "OUTPUT", 4)
+    monkeypatch.setattr(speculation_batches, "SHORT", 4)
+    monkeypatch.setattr(
+        speculation_batches, "made_up",
+        lambda batch, turn: [[1 + (i + j + turn) % 90 for j in range(40)] for i in range(batch)],
+    )  # fmt: skip
+    llm = LLM(
+        tiny_folder("llama"), load="random", max_seqs=4, speculate="synthetic",
+        draft_length="fixed", synthetic_acceptance=0.7,
+    )  # fmt: skip
+    kinds = [speculation_batches.Kind("none", None), speculation_batches.kind("fixed", 0.7, 2)]
+    found = list[int]()
+    generate = llm.generate
+
+    def watched(*asked):
+        before = llm.engine.stats()
+        done = generate(*asked)
+        after = llm.engine.stats()
+        found.append(after.prompt_tokens - before.prompt_tokens)
+        found.append(after.cached_tokens - before.cached_tokens)
+        return done
+
+    monkeypatch.setattr(llm, "generate", watched)
+    rows = speculation_batches.measure(llm, kinds, 3, speculation_batches.made_up, 1)
+    assert [row["kind"] for row in rows] == ["none", "fixed 2, 0.7"]
+    assert found == [120, 0] * 4
+    llm.close()
 
 
 def test_results_page_shows_every_result():
