@@ -15,6 +15,7 @@ from kvarn.kv.evict import Evict
 from kvarn.kv.manager import KVManager
 from kvarn.models.load import Model, load
 from kvarn.models.quantized.convert import Kind
+from kvarn.runner.chain import Chains
 from kvarn.runner.drafting import BranchSampler, DraftSampler
 from kvarn.runner.factory import RunnerFactory
 from kvarn.sparse.rules import Rules
@@ -68,7 +69,10 @@ class Drafter:
         head = None
         if config.draft_length == "specdec-pp":
             head = load_head(Path(config.draft_model), self.model.spec.hidden, device)
-        return DraftModel(runner, kv, config.budget, config.max_seqs, drawn, head)
+        chains = None
+        if runner.graphs is not None and head is None:
+            chains = Chains(runner.graphs, runner.image)
+        return DraftModel(runner, kv, config.budget, config.max_seqs, drawn, head, chains)
 
 
 def _sharing(config: EngineConfig, folder: Path, target: Model) -> Drafter:

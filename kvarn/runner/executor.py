@@ -129,6 +129,12 @@ class Runner:
         """Execute one step: rows in and out, page copies, forward, sample."""
         return self._hand_over(plan).result()
 
+    def lay_out(self, plan: StepPlan) -> Batch:
+        """Bring the image up to a plan; its rows, for a chain to compute."""
+        self._enter()
+        self._update(plan)
+        return self._batch(plan, range(len(plan.spans)))
+
     def renew(self, decoder: Decoder) -> None:
         """Compute with other weights of the same shape from the next step on.
 
@@ -145,8 +151,7 @@ class Runner:
 
     @torch.inference_mode()
     def _hand_over(self, plan: StepPlan) -> InFlight:
-        if self.decoder.device.index is not None and self.decoder.device.type == "cuda":
-            torch.cuda.set_device(self.decoder.device)  # the calling thread may have another
+        self._enter()
         if plan.drafts and (not self.trees or self.selecting.parts):
             plan = straightened(plan)
         if self._flying is not None and self._flying.judges:
@@ -171,6 +176,11 @@ class Runner:
         elif self.state is not None:
             self.state.write(self.state.entries(self.image))
         return step
+
+    def _enter(self) -> None:
+        """Launch on this runner's GPU: the calling thread may have another."""
+        if self.decoder.device.index is not None and self.decoder.device.type == "cuda":
+            torch.cuda.set_device(self.decoder.device)
 
     def _update(self, plan: StepPlan) -> None:
         """Bring the image up to the plan."""

@@ -222,7 +222,7 @@ class Graphs:
         for index, plan in enumerate(plans):
             mine = {name: inputs.device[f"{name}_{index}"] for name in plan.sizes}
             plan.bind(mine, self.state.tables[tables[index]])
-        self._fill(graph, size, _idle(batch), choice and choice.idle(), [], {})
+        self._fill(graph, size, idle(batch), choice and choice.idle(), [], {})
         inputs.send()
         graph.replay = self.capture(lambda: self._body(graph, kind))
         return graph
@@ -291,7 +291,7 @@ def _choosing(plans: list[Any], graph: Graph, choice: Choice, group_of: Mapping[
             plans[layer] = LayerPlan(chosen[group_of[layer]], choice.books[layer], never)
 
 
-def _idle(batch: Batch) -> Batch:
+def idle(batch: Batch) -> Batch:
     """A step of no rows."""
     none = batch.rows[:0]
     groups = [

@@ -24,7 +24,7 @@ class Measured:
 
     def __init__(self) -> None:
         self._plain, self._verifying, self._drafts = _Curve(), _Curve(), _Curve()
-        self._back = _Curve()
+        self._back, self._looks = _Curve(), _Curve()
         self._ahead = False  # the last step was plain: the next one was planned while it ran
 
     def saw_plain(self, rows: int, seconds: float, ahead: bool = True) -> None:
@@ -48,6 +48,10 @@ class Measured:
         """Drafting `tokens` in all took so long."""
         self._drafts.add(tokens, seconds)
 
+    def saw_look(self, seconds: float) -> None:
+        """The length control was asked, and wants no drafts."""
+        self._looks.add(1, seconds)
+
     def step(self, rows: int) -> float:
         """A plain step of `rows` positions [s]; 0 while nothing is known."""
         return self._plain.at(rows)
@@ -67,6 +71,10 @@ class Measured:
     def back(self) -> float:
         """What the first plain step after one with drafts costs more than others [s]."""
         return self._back.at(1)
+
+    def look(self) -> float:
+        """Asking the length control in vain [s]."""
+        return self._looks.at(1)
 
     def knows(self, rows: int) -> bool:
         """Whether plain steps of about this size were seen."""

@@ -71,6 +71,10 @@ class Costs(Protocol):
         """What the first step without drafts after one with them costs more than others."""
         ...
 
+    def look(self) -> float:
+        """Asking a length control that wants no drafts."""
+        ...
+
     def knows(self, rows: int) -> bool:
         """Whether `step(rows)` is more than a guess."""
         ...

@@ -38,6 +38,14 @@ class Speculation:
         """
         if self.length.rests():
             return {}
+        began = self.clock()
+        found = self._wanted(control)
+        if not found:
+            self.costs.saw_look(self.clock() - began)
+        return found
+
+    def _wanted(self, control: ControlPlane) -> dict[SeqId, int]:
+        """Tokens to draft for whom, as the length control says."""
         running = control.queues.running
         spare = control.budget - len(running)
         seqs, room, others = list[Seq](), list[int](), 0

@@ -67,6 +67,10 @@ class Roofline:
         """Nothing."""
         return 0.0
 
+    def look(self) -> float:
+        """Nothing."""
+        return 0.0
+
     def knows(self, rows: int) -> bool:
         """Always."""
         return True
@@ -104,6 +108,10 @@ class Overlapped:
     def back(self) -> float:
         """The first plain step is planned late too."""
         return self.gap
+
+    def look(self) -> float:
+        """Nothing."""
+        return 0.0
 
     def knows(self, rows: int) -> bool:
         """Always."""

@@ -35,6 +35,9 @@ class Times:
     def back(self) -> float:
         return self.token
 
+    def look(self) -> float:
+        return self.token
+
     def knows(self, rows: int) -> bool:
         return self.step(rows) > 0.0
 

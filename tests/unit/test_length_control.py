@@ -142,6 +142,9 @@ class Table:
     def back(self) -> float:
         return 0.0
 
+    def look(self) -> float:
+        return 0.0
+
     def knows(self, rows: int) -> bool:
         return True
 

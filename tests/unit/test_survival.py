@@ -4,8 +4,10 @@ import random
 
 import pytest
 
+from kvarn.speculate.costs import Measured
 from kvarn.speculate.length.fixed import Fixed
 from kvarn.speculate.length.survival import Survival
+from kvarn.speculate.part import Round
 from kvarn.speculate.trial import Roofline, Stream, play
 
 FREE, DEAR = Roofline(), Roofline(token=0.03)  # rows are free up to 100; a drafted token is not
@@ -59,3 +61,36 @@ def test_returns_when_acceptance_does() -> None:
     streams = [Stream.drawn([(0.0, 600), (0.95, 3000)], chance) for _ in range(4)]
     played = play(Survival(), streams, Roofline(row=0.02, token=0.03), 8)
     assert played.speedup > 1.5
+
+
+class Asked(Survival):
+    """Counts how often it is asked for lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looks = 0
+
+    def plan(self, round_: Round) -> list[int]:
+        self.looks += 1
+        return super().plan(round_)
+
+
+def test_looks_seldom_while_drafts_cost_more_than_its_account_holds() -> None:
+    """A trial that is due and cannot be paid for is no reason to think in every round."""
+    control = Asked()
+    played = play(control, batch_of(0.3, 4, 1000), Roofline(token=3.0), 8)
+    assert played.drafted == 0 or played.speedup >= 0.98
+    assert control.looks <= played.rounds / 6
+
+
+def test_looks_more_seldom_where_a_look_takes_longer() -> None:
+    looks = []
+    for seconds in (0.0, 0.2):
+        times = Roofline(token=3.0)
+        costs = Measured()
+        for _ in range(4):
+            costs.saw_look(seconds)
+        control = Asked()
+        play(control, batch_of(0.3, 4, 1000), times, 8, costs=costs)
+        looks.append(control.looks)
+    assert looks[1] < looks[0] / 3

@@ -36,8 +36,9 @@ MANY, ALIKE = 4, 1e4  #: fewer than this; and where they do not differ at all
 FOUND = 0.95  #: weight of the past in the share of asked tokens that the proposer finds, by round
 BEGINS, STAYS = 1.10, 1.06  #: gain over no drafts that must be promised after a round without, with
 PLAIN = 4  #: rounds without drafts that measure the plain step: the first does not count
-QUIET = 8  #: rounds at most, up to the next trial, that follow one in which drafts did not pay and
-#: are without: to think takes time as well
+#: rounds at most, up to the next trial, that follow one in which drafts did not pay and are
+#: without: so many, or as many more as keep the time to think at such a share of the steps'
+QUIET, THOUGHT = 8, 0.004
 REFRESH = 200  #: rounds with drafts after which it is measured again
 GRID = 24  #: numbers of drafted tokens that are compared
 GROWS, HALF = 2, 2  #: a step is no larger than so many times what was seen, or than one more draft
@@ -189,7 +190,7 @@ class Survival(Part):
         else:
             lengths = self._tried(round_)
         if self._account.holds <= 0.0 or not any(lengths):
-            self._resting = max(0, min(QUIET, self._trials.wait - 1))
+            self._resting = self._quiet(costs.look())
             self._goes_plain()
             return [0] * n
         self._since += 1
@@ -228,6 +229,12 @@ class Survival(Part):
         """A round without drafts."""
         self._account.add(SHARE - (self._back if self._asked else 0.0))
         self._asked = 0
+
+    def _quiet(self, look: float) -> int:
+        """Rounds to rest, as a look takes so many seconds: up to a trial, but one that is due and
+        that the account cannot pay for waits as long as any."""
+        quiet, wait = max(QUIET, math.ceil(look / (THOUGHT * self._plain))), self._trials.wait
+        return min(quiet, wait - 1) if wait > 0 else quiet
 
     def _tried(self, round_: Round) -> list[int]:
         """Lengths of a trial, if one is under way or due."""
@@ -288,10 +295,12 @@ class Survival(Part):
         expected, taken = float(n), 0
         for part in range(1, GRID + 1):
             count = len(tokens) * part // GRID
+            if count == taken:
+                continue
             expected += self._found * sum(one[0] for one in tokens[taken:count])
             taken, asked = count, int(self._found * count)
             seconds = costs.verifying(n + asked) + costs.draft(n, -(-asked // n))
-            if expected / seconds > best_rate and count:
+            if expected / seconds > best_rate:
                 best, best_rate, self._least = count, expected / seconds, tokens[count - 1][0]
         if self._round % LOOK == 0:  # between two known sizes a step is cheaper than the line
             aside = ASIDE[self._round // LOOK % len(ASIDE)]

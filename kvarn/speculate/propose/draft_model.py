@@ -5,6 +5,9 @@ swapping, eviction) does not touch the drafter's, which catches up by itself, in
 step's budget. Each token's probability under it is the confidence that length controls stop by;
 with an acceptance head it is the head's word, which comes one token late: until then its own.
 
+Where its steps are captured, all tokens of greedy drafts are one replay (`kvarn.runner.chain`): the
+length control then has its in-round say when they are there.
+
 Drafts are its most likely tokens (DELTA). Where they are to be drawn and the request samples, they
 are drawn as the request's tokens are, at its temperature, top-k, top-p and min-p, and verification
 is told the distributions; but not for a request with a seed, whose tokens must not depend on what
@@ -19,6 +22,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +33,7 @@ from kvarn.core.seq import Seq
 from kvarn.kernels.attention import Ints
 from kvarn.kv.manager import KVManager
 from kvarn.models.decoder import Decoder
+from kvarn.runner.chain import Chains
 from kvarn.runner.drafting import DraftSampler
 from kvarn.runner.executor import Runner
 from kvarn.speculate.part import Ask, LengthControl, Verified
@@ -56,9 +61,14 @@ class Making:
     draft: Draft
     q: list[Tensor] = field(default_factory=list)  #: [vocab] of each token that was drawn
 
+    @property
+    def greedy(self) -> bool:
+        """Whether its tokens are the likeliest ones."""
+        return self.follower.seq.request.sampling.temperature == 0.0
+
 
 class DraftModel(Part):
-    """Drafts with a model; `propose` runs it once for what is new, and once for each token more."""
+    """Drafts with a model: once through it for what is new, and once for each token more."""
 
     name, kind, paper = "draft", "proposer", "2211.17192"
     needs = frozenset({Cap.PAGED_KV})
@@ -76,13 +86,15 @@ class DraftModel(Part):
         max_seqs: int,
         draws: DraftSampler | None = None,
         head: AcceptanceHead | None = None,
+        chains: Chains | None = None,
     ) -> None:
         """`budget`: positions of one forward pass; `max_seqs`: rows of the runner's image.
 
-        `draws`: the runner's sampler, where drafts are to be drawn; `head`: says what is accepted.
+        `draws`: the runner's sampler, where drafts are to be drawn; `head`: says what is accepted;
+        `chains`: the runner's, where it has captured steps and nobody looks at single passes.
         """
         self.runner, self.kv, self.budget, self.max_seqs = runner, kv, budget, max_seqs
-        self.draws, self.head = draws, head
+        self.draws, self.head, self.chains = draws, head, chains
         if head is not None:
             runner.watcher = self._judge
         self._own: dict[int, float] = {}  # by image row: the drafter's word on its newest token
@@ -111,7 +123,9 @@ class DraftModel(Part):
             seq.computed += count
             if caught_up:
                 drafts[seq.id] = Making(follower, ask.most, Draft())
-        if plan.spans:
+        if self.chains is not None and all(one.greedy for one in drafts.values()):
+            self._chain(self.chains, plan, drafts, control)
+        elif plan.spans:
             self._run(plan, drafts)
             self._go_on(drafts, control)
         return [drafts[ask.seq.id].draft if ask.seq.id in drafts else Draft() for ask in asks]
@@ -150,7 +164,7 @@ class DraftModel(Part):
         if follower is None:
             return None
         seq = follower.seq
-        edits = self.kv.reserve(seq, len(seq.tokens) + ask.most - 1, self._now)
+        edits = self.kv.reserve(seq, len(seq.tokens) + ask.most, self._now)
         if edits is None:
             self._drop(seq.id, started=not fresh)
             return None
@@ -242,6 +256,36 @@ class DraftModel(Part):
             if self.draws is not None:
                 q = self.draws.q.get(row)
                 one.q += [] if q is None else [q]
+
+    def _chain(
+        self, chains: Chains, plan: StepPlan, drafts: dict[SeqId, Making], control: LengthControl
+    ) -> None:
+        """Whole drafts in one replay, behind a pass for those who are more than a token behind."""
+        last, behind = list[Span](), list[Span]()
+        for span in plan.spans:
+            before = span.length - (span.seq in drafts)
+            if before:
+                behind.append(Span(span.seq, span.start, before, 0, False))
+            if before < span.length:
+                last.append(Span(span.seq, span.start + before, 1))
+        if behind or not last:
+            plan.spans, self._gone = behind, []
+            self.runner.run(plan)
+            plan = self._plan()
+        if not last:
+            return
+        plan.spans, self._gone = last, []
+        batch = self.runner.lay_out(plan)
+        making = [drafts[last[i].seq] for i in batch.spans.tolist()]
+        found = chains.run(batch, np.array([one.most for one in making], np.int64))
+        for one, said in zip(making, found, strict=True):
+            for token, logprob in said:
+                if one.draft.tokens and not control.goes_on(one.draft.confidence):
+                    break
+                one.draft.tokens.append(token)
+                one.draft.confidence.append(math.exp(logprob))
+            seq = one.follower.seq
+            seq.computed, one.follower.drafted = len(seq.tokens) + one.most, one.draft.tokens[:]
 
     def _judge(self, rows: Ints, hidden: Tensor) -> None:
         """What the head says of the tokens that a pass has consumed."""

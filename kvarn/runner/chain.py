@@ -1,0 +1,149 @@
+"""Captured chains: a drafting model's greedy tokens for every sequence, pass after pass, in one
+replay.
+
+A pass of a small drafter takes a device less time than a step takes the host. So the passes of a
+draft are one graph: each takes the tokens that the one before it chose from the device. What is
+known beforehand (positions, slots, attention's work items) the host lays out for all of them at
+once. A last pass only writes the KV of the last token, so that a draft that is accepted whole
+leaves the drafter one token behind, as any other does.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvarn.kernels.attention import GraphPlan, PagedRows
+from kvarn.kernels.attention.paged import PagedAttend
+from kvarn.runner.batch import Batch
+from kvarn.runner.graphs import MOST_GRAPHS, Graphs, Inputs, Ints, Replay, idle
+from kvarn.runner.image import Image
+
+Drafts = list[list[tuple[int, float]]]  #: by sequence: tokens and their log-probabilities
+
+
+@dataclass(slots=True)
+class Chain:
+    """One captured chain."""
+
+    inputs: Inputs
+    plans: list[list[GraphPlan]]  #: by pass, of each kind of layers
+    replay: Replay | None = None
+
+
+@dataclass(slots=True)
+class Chains:
+    """The captured chains of a runner, on the device state of its captured steps."""
+
+    graphs: Graphs
+    image: Image
+    found: dict[Any, Chain] = field(default_factory=dict)  #: the newest use comes last
+
+    @torch.inference_mode()
+    def run(self, batch: Batch, most: Ints) -> Drafts:
+        """At most `most[s]` tokens (1 or more) behind the one row of each span s, in their order.
+
+        The table entries of as many positions are there. A fault of the logits ends a draft.
+        """
+        state, passes = self.graphs.state, int(most.max()) + 1
+        state.write(state.entries(self.image))
+        rows = [self._ahead(batch, most, by) for by in range(passes)]
+        size = next(size for size in self.graphs.sizes if size >= len(batch.rows))
+        key = (size, *(key for groups in rows for key in self._keys(groups)))
+        chain = self.found.pop(key, None)
+        if chain is None:
+            if len(self.found) >= MOST_GRAPHS:
+                del self.found[next(iter(self.found))]
+            chain = self._capture(size, batch, rows)
+        self.found[key] = chain
+        self._fill(chain, batch, most, rows)
+        chain.inputs.send()
+        assert chain.replay is not None
+        said = chain.replay().cpu().numpy()[:, :, : len(batch.rows)].astype(np.float64)
+        return [
+            _draft(said[0, :, s], said[1, :, s], count) for s, count in enumerate(most.tolist())
+        ]
+
+    def _ahead(self, batch: Batch, most: Ints, by: int) -> list[PagedRows]:
+        """The rows of a pass, by group: `by` positions on, or idle in their last place."""
+        image, at = self.image, batch.positions + np.minimum(by, most)
+        size, found = image.page_size, list[PagedRows]()
+        for table, rows in zip(image.tables, batch.groups, strict=True):
+            slots = table[batch.row_of, at // size].astype(np.int64) * size + at % size
+            slots[most < by] = -1
+            found.append(replace(rows, start=at, slots=slots))
+        return found
+
+    def _keys(self, groups: list[PagedRows]) -> list[Any]:
+        graphs, dim = self.graphs, self.graphs.decoder.spec.head_dim
+        return [
+            graphs.backend.graph_key(groups[kind.group], kind.n_heads, kind.n_kv_heads, dim)
+            for kind in graphs.layers.kinds
+        ]
+
+    def _capture(self, size: int, batch: Batch, rows: list[list[PagedRows]]) -> Chain:
+        graphs, dim = self.graphs, self.graphs.decoder.spec.head_dim
+        kinds, sizes = graphs.layers.kinds, {"token": size, "row": size}
+        plans = list[list[GraphPlan]]()
+        for by, groups in enumerate(rows):
+            sizes[f"position_{by}"] = size
+            plans.append([])
+            for at, kind in enumerate(kinds):
+                shape = size, kind.n_heads, kind.n_kv_heads, dim
+                plan = graphs.backend.graph_plan(*shape, groups[kind.group])
+                sizes |= {f"{name}_{by}_{at}": count for name, count in plan.sizes.items()}
+                plans[by].append(plan)
+        chain = Chain(Inputs(sizes, graphs.decoder.device), plans)
+        for by, made in enumerate(plans):
+            for at, (plan, kind) in enumerate(zip(made, kinds)):
+                there = {name: chain.inputs.device[f"{name}_{by}_{at}"] for name in plan.sizes}
+                plan.bind(there, graphs.state.tables[kind.group])
+        nobody = idle(batch)
+        self._fill(chain, nobody, nobody.positions, [nobody.groups] * len(rows))
+        chain.inputs.send()
+        chain.replay = graphs.capture(lambda: self._body(chain))
+        return chain
+
+    def _fill(self, chain: Chain, batch: Batch, most: Ints, rows: list[list[PagedRows]]) -> None:
+        """Write a chain into the host's arrays; what is left over idles."""
+        host, n = chain.inputs.host(), len(batch.rows)
+        host["token"][:n], host["token"][n:] = batch.tokens, 0
+        host["row"][:n], host["row"][n:] = batch.row_of, -1
+        for by, groups in enumerate(rows):
+            host[f"position_{by}"][:n] = batch.angles + np.minimum(by, most)
+            host[f"position_{by}"][n:] = 0
+            for at, (plan, kind) in enumerate(zip(chain.plans[by], self.graphs.layers.kinds)):
+                arrays = {name: host[f"{name}_{by}_{at}"] for name in plan.sizes}
+                plan.fill(groups[kind.group], arrays)
+
+    def _body(self, chain: Chain) -> Tensor:
+        """Every pass on the device: ids and log-probabilities [2, passes, size] in fp32."""
+        from kvarn.kernels.triton.feed import feed
+
+        graphs, inputs = self.graphs, chain.inputs.device
+        tokens = feed(inputs["token"], inputs["row"], graphs.state.last)
+        ids, sure = list[Tensor](), list[Tensor]()
+        for by, plans in enumerate(chain.plans):
+            attend = PagedAttend(
+                graphs.layers.plans(plans), graphs.pool.cache, takes_projection=True
+            )
+            hidden = graphs.decoder.forward(tokens, inputs[f"position_{by}"], attend)
+            if by == len(chain.plans) - 1:
+                break  # its KV is what it was for
+            best = graphs.decoder.logits(hidden).log_softmax(-1).max(-1)
+            tokens = best.indices
+            ids.append(tokens.float())  # exact below 2^24
+            sure.append(best.values)
+        return torch.stack((torch.stack(ids), torch.stack(sure)))
+
+
+def _draft(
+    ids: NDArray[np.float64], sure: NDArray[np.float64], count: int
+) -> list[tuple[int, float]]:
+    """Of what the passes chose, the first `count`, up to where a log-probability is no number."""
+    said = list(zip(ids[:count].astype(int).tolist(), sure[:count].tolist()))
+    faulty = next((i for i, (_, logprob) in enumerate(said) if logprob != logprob), count)
+    return said[:faulty]
