@@ -4,11 +4,13 @@
 
 The first part is an 8B shape with random weights and synthetic acceptance: each draft is accepted
 with the probability named, and costs nothing, so it is what verification allows, not what a drafter
-brings. The second, with `--smollm2`, is SmolLM2 with the drafter that comes with kvarn. Every kind
-of speculation serves the same requests as none, batch by batch in turns; the ratio of the output
-rates is the result. One engine serves all kinds of a part; each keeps what it has learnt.
+brings. The second, with `--drafter`, has a 1B shape draft for it, whose time is real and whose
+acceptance is as synthetic; once with a replay for each of its passes. The third, with `--smollm2`,
+is SmolLM2 with the drafter that comes with kvarn. Every kind of speculation serves the same
+requests as none, batch by batch in turns; the ratio of the output rates is the result. One engine
+serves all kinds of a part; each keeps what it has learnt.
 
-About 3 minutes on an H100 or H200 (the 8B part 150 s, SmolLM2 30 s).
+About 5 minutes on an H100 or H200 (the 8B part 150 s, the drafter 60 s, SmolLM2 60 s).
 """
 
 import argparse
@@ -23,16 +25,20 @@ from kvarn.bench import record
 from kvarn.bench.drift import prompts
 from kvarn.core.request import SamplingParams
 from kvarn.engine.llm import LLM
+from kvarn.runner.chain import Chains
 from kvarn.speculate.costs import Measured
 from kvarn.speculate.length.fixed import Fixed
 from kvarn.speculate.length.gammatune import GammaTune
 from kvarn.speculate.length.survival import Survival
 from kvarn.speculate.length.utility import Utility
 from kvarn.speculate.part import LengthControl
+from kvarn.speculate.propose.draft_model import DraftModel
+from kvarn.speculate.propose.synthetic import Synthetic
 from kvarn.speculate.train.load import shipped
 from kvarn.theory.speculation import expected_tokens
 
-BATCHES, SMALL_BATCHES = (1, 4, 16, 64, 128, 256), (1, 8, 32, 128)
+BATCHES, SOME_BATCHES, SMALL_BATCHES = (1, 4, 16, 64, 128, 256), (1, 4, 16, 64), (1, 8, 32, 128)
+SMALL_REPEATS = 4  #: runs of SmolLM2, which are short
 PROMPT, OUTPUT, SHORT, REPEATS = 128, 128, 32, 2  #: tokens, tokens, tokens of a warm run, runs
 #: acceptance of each token with about 2, 3 and 4 expected tokens a round of the longest draft
 TWO, THREE, FOUR = 0.51, 0.7, 0.835
@@ -56,6 +62,7 @@ class Kind:
     most: int = LONGEST  #: longest draft [tokens]
     share: float = 0.0  #: of drafts that are accepted; 0: they are judged
     costs: Measured = field(default_factory=Measured)
+    chained: bool = True  #: a drafting model's passes are one replay
 
     @property
     def learns(self) -> bool:
@@ -90,8 +97,14 @@ def use(llm: LLM, chosen: Kind, speculation: Any) -> None:
     engine.speculation = speculation
     speculation.length, speculation.most = chosen.control, chosen.most
     speculation.costs = chosen.costs
-    if chosen.share:
-        speculation.proposer.acceptance = engine.executor.acceptance = chosen.share
+    engine.executor.acceptance = chosen.share
+    if isinstance(speculation.proposer, Synthetic):
+        speculation.proposer.acceptance = chosen.share
+    if isinstance(speculation.proposer, DraftModel):
+        runner = speculation.proposer.runner
+        chains = Chains(runner.graphs, runner.image) if chosen.chained else None
+        if (speculation.proposer.chains is None) != (chains is None):
+            speculation.proposer.chains = chains
 
 
 def made_up(batch: int, turn: int) -> list[list[int]]:
@@ -158,6 +171,24 @@ def synthetic(given: argparse.Namespace) -> tuple[dict[str, Any], list[Any]]:
     return options, rows
 
 
+def priced(given: argparse.Namespace) -> tuple[dict[str, Any], list[Any]]:
+    """The 8B shape with a drafter's real time: its options, and the rows."""
+    options: dict[str, Any] = {
+        "model": given.model, "load": "random", "max_len": 512, "max_seqs": max(SOME_BATCHES),
+        "speculate": "draft", "draft_model": given.drafter, "draft_choice": "likeliest",
+        "draft_length": "fixed", "draft_tokens": LONGEST,
+    }  # fmt: skip
+    kinds = [Kind("none", None), *(kind("fixed", THREE, most) for most in (1, 2, 3, 4))]
+    apart = kind("fixed", THREE, 3)
+    apart.name, apart.chained = f"{apart.name}, a replay for each pass", False
+    kinds += [apart, kind("survival", THREE), kind("survival", 0.3)]
+    llm, rows = LLM(**options), list[Any]()
+    for batch in sorted(SOME_BATCHES, reverse=True):
+        rows = measure(llm, kinds, batch, made_up, given.repeats) + rows
+    llm.close()
+    return options, rows
+
+
 def real(given: argparse.Namespace) -> tuple[dict[str, Any], list[Any]]:
     """SmolLM2 with its drafter: its options, and the rows."""
     options: dict[str, Any] = {
@@ -169,7 +200,7 @@ def real(given: argparse.Namespace) -> tuple[dict[str, Any], list[Any]]:
     kinds.append(kind("survival"))
     llm, rows = LLM(**options), list[Any]()
     for batch in sorted(SMALL_BATCHES, reverse=True):
-        rows = measure(llm, kinds, batch, questions(llm), given.repeats) + rows
+        rows = measure(llm, kinds, batch, questions(llm), SMALL_REPEATS) + rows
     llm.close()
     return options | {"model": Path(given.smollm2).stem}, rows
 
@@ -179,6 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="llama-3.1-8b")
     parser.add_argument("--smollm2", default=None, help="SmolLM2-135M-Instruct, as a GGUF file")
+    parser.add_argument("--drafter", default=None, help="a shape that drafts: llama-3.2-1b")
     parser.add_argument("--batches", type=int, nargs="*", default=BATCHES)
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--controls", action="store_true", help="utility and gammatune as well")
@@ -188,6 +220,10 @@ def main() -> None:
     options, rows = synthetic(given)
     header = record.header("speculation_batches", said, options)
     record.write(header | {"results": rows}, given.json)
+    if given.drafter:
+        priced_options, priced_rows = priced(given)
+        header |= {"priced_config": priced_options, "priced_results": priced_rows}
+        record.write(header | {"results": rows}, given.json)
     if given.smollm2:
         small, trained = real(given)
         header |= {"drafter_config": small, "drafter_results": trained}

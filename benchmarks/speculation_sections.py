@@ -1,6 +1,5 @@
 """Sections of docs/results.md on speculation."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from cells import Lines, cell, table
@@ -11,33 +10,37 @@ from kvarn.bench import online_spec as online
 
 def speculation_batches(result: dict[str, Any]) -> Lines:
     """Synthetic acceptance against batch size, and a drafter that was trained."""
+    target = result["config"]["model"]
     lines = [
-        f"{result['config']['model']}, random weights, **synthetic acceptance** (each draft is "
-        "accepted with the probability named) and drafts that cost nothing: output rate over that "
-        "without speculation in the same run, by batch size.",
+        f"{target}, random weights, **synthetic acceptance** (each draft is accepted with the "
+        "probability named) and drafts that cost nothing: output rate over that without "
+        "speculation in the same run, by batch size.",
         "",
-        *_by_batch(result["results"], result.get("unlike", {}).get("results", ())),
+        *_by_batch(result["results"]),
     ]
-    if "drafter_results" in result:
-        model = result["drafter_config"]["model"]
+    if "priced_results" in result:
         lines += [
             "",
-            f"{model} with the drafter that comes with kvarn, greedy, on questions about what it "
-            "was not trained on:",
+            f"The same acceptance with {result['priced_config']['draft_model']} drafting for "
+            f"{target}, both with random weights: the drafter's time is real, and what stands of "
+            "its drafts is drawn.",
             "",
-            *_by_batch(
-                result["drafter_results"], result.get("unlike", {}).get("drafter_results", ())
-            ),
+            *_by_batch(result["priced_results"]),
         ]
-    if "unlike" in result:
-        lines += ["", f"Left out: {result['unlike']['why']}"]
+    if "drafter_results" in result:
+        lines += [
+            "",
+            f"{result['drafter_config']['model']} with the drafter that comes with kvarn, greedy, "
+            "on questions about what it was not trained on:",
+            "",
+            *_by_batch(result["drafter_results"]),
+        ]
     return lines
 
 
-def _by_batch(results: list[dict[str, Any]], unlike: Sequence[int]) -> Lines:
-    """Ratios by kind and batch size, but those whose plain runs were `unlike` the others; expected
-    tokens a round where they are told."""
-    batches = [one for one in dict.fromkeys(row["batch"] for row in results) if one not in unlike]
+def _by_batch(results: list[dict[str, Any]]) -> Lines:
+    """Ratios by kind and batch size; expected tokens a round where they are told."""
+    batches = list(dict.fromkeys(row["batch"] for row in results))
     ratio = {(row["kind"], row["batch"]): row["ratio"] for row in results}
     told = {row["kind"]: row.get("expected_tokens") for row in results}
     names, extra = ["kind"], any(told.values())
