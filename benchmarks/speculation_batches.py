@@ -211,13 +211,15 @@ def main() -> None:
     parser.add_argument("--model", default="llama-3.1-8b")
     parser.add_argument("--smollm2", default=None, help="SmolLM2-135M-Instruct, as a GGUF file")
     parser.add_argument("--drafter", default=None, help="a shape that drafts: llama-3.2-1b")
-    parser.add_argument("--batches", type=int, nargs="*", default=BATCHES)
+    parser.add_argument(
+        "--batches", type=int, nargs="*", default=BATCHES, help="none: the drafters alone"
+    )
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--controls", action="store_true", help="utility and gammatune as well")
     parser.add_argument("--json", default=None)
     given = parser.parse_args()
     said = {"prompt": PROMPT, "output": OUTPUT, "repeats": given.repeats, "synthetic": True}
-    options, rows = synthetic(given)
+    options, rows = synthetic(given) if given.batches else ({"model": given.model}, [])
     header = record.header("speculation_batches", said, options)
     record.write(header | {"results": rows}, given.json)
     if given.drafter:

@@ -11,19 +11,21 @@ from kvarn.bench import online_spec as online
 def speculation_batches(result: dict[str, Any]) -> Lines:
     """Synthetic acceptance against batch size, and a drafter that was trained."""
     target = result["config"]["model"]
-    lines = [
-        f"{target}, random weights, **synthetic acceptance** (each draft is accepted with the "
-        "probability named) and drafts that cost nothing: output rate over that without "
-        "speculation in the same run, by batch size.",
-        "",
-        *_by_batch(result["results"]),
-    ]
+    lines = Lines()
+    if result["results"]:
+        lines += [
+            f"{target}, random weights, **synthetic acceptance** (each draft is accepted with the "
+            "probability named) and drafts that cost nothing: output rate over that without "
+            "speculation in the same run, by batch size.",
+            "",
+            *_by_batch(result["results"]),
+        ]
     if "priced_results" in result:
         lines += [
             "",
-            f"The same acceptance with {result['priced_config']['draft_model']} drafting for "
-            f"{target}, both with random weights: the drafter's time is real, and what stands of "
-            "its drafts is drawn.",
+            f"{result['priced_config']['draft_model']} drafts for {target}, both with random "
+            "weights: the drafter's time is real, and what stands of its drafts is drawn with the "
+            "probability named. Output rate over that without speculation, by batch size.",
             "",
             *_by_batch(result["priced_results"]),
         ]

@@ -4,10 +4,12 @@ replay.
 A pass of a small drafter takes a device less time than a step takes the host. So the passes of a
 draft are one graph: each takes the tokens that the one before it chose from the device. What is
 known beforehand (positions, slots, attention's work items) the host lays out for all of them at
-once. A last pass only writes the KV of the last token, so that a draft that is accepted whole
-leaves the drafter one token behind, as any other does.
+once. To capture a chain takes a tenth of a second, so one that is long enough does at first. A last
+pass only writes the KV of the last token, so that a draft that is accepted whole leaves the drafter
+one token behind, as any other does.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +24,7 @@ from kvarn.runner.batch import Batch
 from kvarn.runner.graphs import MOST_GRAPHS, Graphs, Inputs, Ints, Replay, idle
 from kvarn.runner.image import Image
 
+OFTEN = 8  #: rounds of a length that a longer chain serves before one of its own is captured
 Drafts = list[list[tuple[int, float]]]  #: by sequence: tokens and their log-probabilities
 
 
@@ -40,7 +43,9 @@ class Chains:
 
     graphs: Graphs
     image: Image
-    found: dict[Any, Chain] = field(default_factory=dict)  #: the newest use comes last
+    #: by size and attention, by passes; the newest use comes last
+    found: dict[Any, dict[int, Chain]] = field(default_factory=dict)
+    asked: Counter[Any] = field(default_factory=Counter)  #: rounds, by the same
 
     @torch.inference_mode()
     def run(self, batch: Batch, most: Ints) -> Drafts:
@@ -48,24 +53,39 @@ class Chains:
 
         The table entries of as many positions are there. A fault of the logits ends a draft.
         """
-        state, passes = self.graphs.state, int(most.max()) + 1
-        state.write(state.entries(self.image))
-        rows = [self._ahead(batch, most, by) for by in range(passes)]
+        self.graphs.state.write(self.graphs.state.entries(self.image))
         size = next(size for size in self.graphs.sizes if size >= len(batch.rows))
-        key = (size, *(key for groups in rows for key in self._keys(groups)))
-        chain = self.found.pop(key, None)
-        if chain is None:
-            if len(self.found) >= MOST_GRAPHS:
-                del self.found[next(iter(self.found))]
-            chain = self._capture(size, batch, rows)
-        self.found[key] = chain
+        rows = [self._ahead(batch, most, by) for by in range(int(most.max()) + 1)]
+        chain = self._find(size, batch, rows)
+        rows += [self._ahead(batch, most, by) for by in range(len(rows), len(chain.plans))]
         self._fill(chain, batch, most, rows)
         chain.inputs.send()
         assert chain.replay is not None
         said = chain.replay().cpu().numpy()[:, :, : len(batch.rows)].astype(np.float64)
-        return [
-            _draft(said[0, :, s], said[1, :, s], count) for s, count in enumerate(most.tolist())
-        ]
+        counts = enumerate(most.tolist())
+        return [_draft(said[0, :, s], said[1, :, s], count) for s, count in counts]
+
+    def _find(self, size: int, batch: Batch, rows: list[list[PagedRows]]) -> Chain:
+        """A chain for these rows, by pass and group: its own, or a longer one while it is new."""
+        passes = len(rows)
+        keys = [self._keys(groups) for groups in rows]
+        like = keys.index(max(keys))  # split spans, say, leave room for whole ones
+        key = (size, keys[like])
+        lengths = self.found.pop(key, None) or {}
+        self.found[key] = lengths
+        self.asked[key, passes] += 1
+        if passes not in lengths:
+            longer = [count for count in lengths if count > passes]
+            if longer and self.asked[key, passes] < OFTEN:
+                return lengths[min(longer)]
+            self._make_room()
+            lengths[passes] = self._capture(size, batch, rows[like], passes)
+        return lengths[passes]
+
+    def _make_room(self) -> None:
+        """Drop what was used longest ago, where there are as many as may be."""
+        while sum(map(len, self.found.values())) >= MOST_GRAPHS and len(self.found) > 1:
+            del self.found[next(iter(self.found))]
 
     def _ahead(self, batch: Batch, most: Ints, by: int) -> list[PagedRows]:
         """The rows of a pass, by group: `by` positions on, or idle in their last place."""
@@ -77,23 +97,24 @@ class Chains:
             found.append(replace(rows, start=at, slots=slots))
         return found
 
-    def _keys(self, groups: list[PagedRows]) -> list[Any]:
+    def _keys(self, groups: list[PagedRows]) -> tuple[Any, ...]:
         graphs, dim = self.graphs, self.graphs.decoder.spec.head_dim
-        return [
+        return tuple(
             graphs.backend.graph_key(groups[kind.group], kind.n_heads, kind.n_kv_heads, dim)
             for kind in graphs.layers.kinds
-        ]
+        )
 
-    def _capture(self, size: int, batch: Batch, rows: list[list[PagedRows]]) -> Chain:
+    def _capture(self, size: int, batch: Batch, like: list[PagedRows], passes: int) -> Chain:
+        """A chain whose attention has room for rows `like` these, by group, in every pass."""
         graphs, dim = self.graphs, self.graphs.decoder.spec.head_dim
         kinds, sizes = graphs.layers.kinds, {"token": size, "row": size}
         plans = list[list[GraphPlan]]()
-        for by, groups in enumerate(rows):
+        for by in range(passes):
             sizes[f"position_{by}"] = size
             plans.append([])
             for at, kind in enumerate(kinds):
                 shape = size, kind.n_heads, kind.n_kv_heads, dim
-                plan = graphs.backend.graph_plan(*shape, groups[kind.group])
+                plan = graphs.backend.graph_plan(*shape, like[kind.group])
                 sizes |= {f"{name}_{by}_{at}": count for name, count in plan.sizes.items()}
                 plans[by].append(plan)
         chain = Chain(Inputs(sizes, graphs.decoder.device), plans)
@@ -102,7 +123,7 @@ class Chains:
                 there = {name: chain.inputs.device[f"{name}_{by}_{at}"] for name in plan.sizes}
                 plan.bind(there, graphs.state.tables[kind.group])
         nobody = idle(batch)
-        self._fill(chain, nobody, nobody.positions, [nobody.groups] * len(rows))
+        self._fill(chain, nobody, nobody.positions, [nobody.groups] * passes)
         chain.inputs.send()
         chain.replay = graphs.capture(lambda: self._body(chain))
         return chain
