@@ -4,9 +4,10 @@ replay.
 A pass of a small drafter takes a device less time than a step takes the host. So the passes of a
 draft are one graph: each takes the tokens that the one before it chose from the device. What is
 known beforehand (positions, slots, attention's work items) the host lays out for all of them at
-once. To capture a chain takes a tenth of a second, so one that is long enough does at first. A last
-pass only writes the KV of the last token, so that a draft that is accepted whole leaves the drafter
-one token behind, as any other does.
+once. To capture a chain takes a tenth of a second, so there are few: numbers of rows are padded to
+powers of two, and a chain that is longer than need be does at first. A last pass only writes the KV
+of the last token, so that a draft that is accepted whole leaves the drafter one token behind, as
+any other does.
 """
 
 from collections import Counter
@@ -54,7 +55,7 @@ class Chains:
         The table entries of as many positions are there. A fault of the logits ends a draft.
         """
         self.graphs.state.write(self.graphs.state.entries(self.image))
-        size = next(size for size in self.graphs.sizes if size >= len(batch.rows))
+        size = min(1 << (len(batch.rows) - 1).bit_length(), self.graphs.sizes[-1])
         rows = [self._ahead(batch, most, by) for by in range(int(most.max()) + 1)]
         chain = self._find(size, batch, rows)
         rows += [self._ahead(batch, most, by) for by in range(len(rows), len(chain.plans))]
