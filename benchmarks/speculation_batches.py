@@ -202,7 +202,8 @@ def real(given: argparse.Namespace) -> tuple[dict[str, Any], list[Any]]:
     for batch in sorted(SMALL_BATCHES, reverse=True):
         rows = measure(llm, kinds, batch, questions(llm), SMALL_REPEATS) + rows
     llm.close()
-    return options | {"model": Path(given.smollm2).stem}, rows
+    said = {"model": Path(given.smollm2).stem, "draft_model": Path(options["draft_model"]).name}
+    return options | said, rows
 
 
 def main() -> None:

@@ -136,7 +136,7 @@ def test_streams_beyond_what_the_model_knows(tiny_folder: Any, graphs: str, over
         graphs=graphs, overlap=overlap, prefix="none",
     )  # fmt: skip
     tokens, _ = generate(engine, PROMPT, 500)
-    host = make_engine(tiny_folder("llama"), sparsity=test_streams.RULE, max_len=4096)
+    host = make_engine(tiny_folder("llama"), sparsity=test_streams.RULE, max_len=4096, device="cpu")
     logits = test_streams.ranked_logits(host, PROMPT + tokens, 24, 4, 24)
     assert logits[len(PROMPT) - 1 : -1].argmax(-1).tolist() == tokens
     engine.close()
@@ -147,6 +147,6 @@ def test_sums_that_go_on(tiny_folder: Any, every: int) -> None:
     """As without a GPU."""
     rule = f"h2o:budget=40,every={every}"
     engine = make_engine(tiny_folder("llama"), sparsity=rule, device="cuda", prefix="none")
-    host = make_engine(tiny_folder("llama"), sparsity=rule, prefix="none")
+    host = make_engine(tiny_folder("llama"), sparsity=rule, prefix="none", device="cpu")
     assert generate(engine, PROMPT, 50)[0] == generate(host, PROMPT, 50)[0]
     engine.close()
