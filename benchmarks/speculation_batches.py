@@ -62,7 +62,7 @@ class Kind:
     most: int = LONGEST  #: longest draft [tokens]
     share: float = 0.0  #: of drafts that are accepted; 0: they are judged
     costs: Measured = field(default_factory=Measured)
-    chained: bool = True  #: a drafting model's passes are one replay
+    chains: Chains | None = None  #: a drafting model's: its passes are one replay
 
     @property
     def learns(self) -> bool:
@@ -101,10 +101,15 @@ def use(llm: LLM, chosen: Kind, speculation: Any) -> None:
     if isinstance(speculation.proposer, Synthetic):
         speculation.proposer.acceptance = chosen.share
     if isinstance(speculation.proposer, DraftModel):
-        runner = speculation.proposer.runner
-        chains = Chains(runner.graphs, runner.image) if chosen.chained else None
-        if (speculation.proposer.chains is None) != (chains is None):
-            speculation.proposer.chains = chains
+        speculation.proposer.chains = chosen.chains
+
+
+def chained(llm: LLM, kinds: list[Kind]) -> list[Kind]:
+    """The same with the chains that the drafter came with, which keep what they have captured."""
+    engine: Any = llm.engine
+    for one in kinds:
+        one.chains = engine.speculation.proposer.chains
+    return kinds
 
 
 def made_up(batch: int, turn: int) -> list[list[int]]:
@@ -179,10 +184,11 @@ def priced(given: argparse.Namespace) -> tuple[dict[str, Any], list[Any]]:
         "draft_length": "fixed", "draft_tokens": LONGEST,
     }  # fmt: skip
     kinds = [Kind("none", None), *(kind("fixed", THREE, most) for most in (1, 2, 3, 4))]
+    kinds += [kind("survival", THREE), kind("survival", 0.3)]
     apart = kind("fixed", THREE, 3)
-    apart.name, apart.chained = f"{apart.name}, a replay for each pass", False
-    kinds += [apart, kind("survival", THREE), kind("survival", 0.3)]
+    apart.name = f"{apart.name}, a replay for each pass"
     llm, rows = LLM(**options), list[Any]()
+    kinds = [*chained(llm, kinds), apart]
     for batch in sorted(SOME_BATCHES, reverse=True):
         rows = measure(llm, kinds, batch, made_up, given.repeats) + rows
     llm.close()
@@ -199,6 +205,7 @@ def real(given: argparse.Namespace) -> tuple[dict[str, Any], list[Any]]:
     kinds = [Kind("none", None), *(kind("fixed", most=most) for most in (1, 2, 3))]
     kinds.append(kind("survival"))
     llm, rows = LLM(**options), list[Any]()
+    kinds = chained(llm, kinds)
     for batch in sorted(SMALL_BATCHES, reverse=True):
         rows = measure(llm, kinds, batch, questions(llm), SMALL_REPEATS) + rows
     llm.close()

@@ -11,6 +11,7 @@ any other does.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from kvarn.kernels.attention import GraphPlan, PagedRows
 from kvarn.kernels.attention.paged import PagedAttend
 from kvarn.runner.batch import Batch
 from kvarn.runner.graphs import MOST_GRAPHS, Graphs, Inputs, Ints, Replay, idle
+from kvarn.runner.heads import Kind
 from kvarn.runner.image import Image
 
 OFTEN = 8  #: rounds of a length that a longer chain serves before one of its own is captured
@@ -68,10 +70,12 @@ class Chains:
 
     def _find(self, size: int, batch: Batch, rows: list[list[PagedRows]]) -> Chain:
         """A chain for these rows, by pass and group: its own, or a longer one while it is new."""
-        passes = len(rows)
-        keys = [self._keys(groups) for groups in rows]
-        like = keys.index(max(keys))  # split spans, say, leave room for whole ones
-        key = (size, keys[like])
+        passes, kinds = len(rows), self.graphs.layers.kinds
+        # of each kind the pass that needs most: split spans, say, leave room for whole ones
+        like = [
+            max((groups[kind.group] for groups in rows), key=self._key_of(kind)) for kind in kinds
+        ]
+        key = (size, *(self._key_of(kind)(one) for kind, one in zip(kinds, like)))
         lengths = self.found.pop(key, None) or {}
         self.found[key] = lengths
         self.asked[key, passes] += 1
@@ -80,7 +84,7 @@ class Chains:
             if longer and self.asked[key, passes] < OFTEN:
                 return lengths[min(longer)]
             self._make_room()
-            lengths[passes] = self._capture(size, batch, rows[like], passes)
+            lengths[passes] = self._capture(size, batch, like, passes)
         return lengths[passes]
 
     def _make_room(self) -> None:
@@ -98,15 +102,13 @@ class Chains:
             found.append(replace(rows, start=at, slots=slots))
         return found
 
-    def _keys(self, groups: list[PagedRows]) -> tuple[Any, ...]:
-        graphs, dim = self.graphs, self.graphs.decoder.spec.head_dim
-        return tuple(
-            graphs.backend.graph_key(groups[kind.group], kind.n_heads, kind.n_kv_heads, dim)
-            for kind in graphs.layers.kinds
-        )
+    def _key_of(self, kind: Kind) -> Callable[[PagedRows], Any]:
+        """What attention's launches depend on, of rows of a kind of layers."""
+        backend, dim = self.graphs.backend, self.graphs.decoder.spec.head_dim
+        return lambda rows: backend.graph_key(rows, kind.n_heads, kind.n_kv_heads, dim)
 
     def _capture(self, size: int, batch: Batch, like: list[PagedRows], passes: int) -> Chain:
-        """A chain whose attention has room for rows `like` these, by group, in every pass."""
+        """A chain whose attention has room for rows `like` these, by kind, in every pass."""
         graphs, dim = self.graphs, self.graphs.decoder.spec.head_dim
         kinds, sizes = graphs.layers.kinds, {"token": size, "row": size}
         plans = list[list[GraphPlan]]()
@@ -115,7 +117,7 @@ class Chains:
             plans.append([])
             for at, kind in enumerate(kinds):
                 shape = size, kind.n_heads, kind.n_kv_heads, dim
-                plan = graphs.backend.graph_plan(*shape, like[kind.group])
+                plan = graphs.backend.graph_plan(*shape, like[at])
                 sizes |= {f"{name}_{by}_{at}": count for name, count in plan.sizes.items()}
                 plans[by].append(plan)
         chain = Chain(Inputs(sizes, graphs.decoder.device), plans)

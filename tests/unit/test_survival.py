@@ -79,7 +79,7 @@ def test_looks_seldom_while_drafts_cost_more_than_its_account_holds() -> None:
     """A trial that is due and cannot be paid for is no reason to think in every round."""
     control = Asked()
     played = play(control, batch_of(0.3, 4, 1000), Roofline(token=3.0), 8)
-    assert played.drafted == 0 or played.speedup >= 0.98
+    assert played.speedup >= 0.98
     assert control.looks <= played.rounds / 6
 
 
