@@ -28,7 +28,7 @@ from kvarn.bench.stats import percentile
 from kvarn.core.config import resolve
 from kvarn.core.request import Request, SamplingParams
 from kvarn.cost.fitted import Errors, Step, errors, fit, regime
-from kvarn.cost.shape import CostModel, shape_of
+from kvarn.cost.shape import CostModel, Estimate, shape_of
 from kvarn.engine.engine import Engine
 from kvarn.engine.garbage import paced
 from kvarn.sim.heap import NS
@@ -37,7 +37,9 @@ from kvarn.workload.trace import Trace, TraceRequest
 REPEATS = 5
 LOADS = (0.5, 0.9, 1.1, 1.5)  #: of the rate at which the engine is just busy
 IDLE = 0.005  #: a longer pause between steps is waiting for requests [s]
+AROUND = 50  #: steps on either side that tell the machine's speed at the moment
 Row = dict[str, float]
+Guess = tuple[Estimate, float, str]  #: a step's predicted and measured time [s], its regime
 
 
 @dataclass(slots=True, frozen=True)
@@ -80,6 +82,16 @@ def make_trace(setup: Setup, rate: float, seed: int) -> Trace:
     return Trace("synthetic", tuple(requests), 16, (f"rate {rate:g}, seed {seed}",))
 
 
+def requests_of(trace: Trace) -> list[Request]:
+    """With their words, which take a loop of Python to make: not one that serves."""
+    rng, found = Random(trace.chain[0]), list[Request]()
+    for one in trace:
+        prompt = [rng.randrange(300, 40000) for _ in range(one.n_in)]
+        params = SamplingParams(max_tokens=one.n_out, ignore_eos=True, temperature=0)
+        found.append(Request(one.id, prompt, params, arrival=one.at))
+    return found
+
+
 class Served:
     """An engine, and how far its log has been read."""
 
@@ -89,18 +101,16 @@ class Served:
 
     def serve(self, trace: Trace) -> tuple[Row, list[Step]]:
         """The trace in real time; what T3 compares, and the steps with their wall times."""
-        engine, rng, due = self.engine, Random(trace.chain[0]), list(trace)
-        before, start, rows = engine.stats().preemptions, engine.clock(), list[Row]()
+        engine, due, rows = self.engine, requests_of(trace), list[Row]()
+        before, start = engine.stats().preemptions, engine.clock()
         with paced():
             while due or engine.has_work:
                 now = engine.clock()
-                while due and start + due[0].at <= now:
+                while due and start + due[0].arrival <= now:
                     one = due.pop(0)
-                    prompt = [rng.randrange(300, 40000) for _ in range(one.n_in)]
-                    params = SamplingParams(max_tokens=one.n_out, ignore_eos=True, temperature=0)
-                    engine.add(Request(one.id, prompt, params, arrival=start + one.at))
+                    engine.add(replace(one, arrival=start + one.arrival))
                 if not engine.has_work:
-                    time.sleep(max(0.0, start + due[0].at - engine.clock()))
+                    time.sleep(max(0.0, start + due[0].arrival - engine.clock()))
                 for output in engine.step():
                     if output.finish is not None:
                         first, total = output.timings.first_token, output.timings.total
@@ -121,7 +131,7 @@ class Served:
 
 
 def steps_of(log: list[dict[str, Any]]) -> Iterator[Step]:
-    """Steps of a log that computed something; the pause after one counts as the median pause."""
+    """Steps of a log that computed something; the pause after one counts as the mean pause."""
     plan, applied, after, rows = None, 0.0, list[float](), list[Step]()
     for one in log:
         if one["call"] == "plan":
@@ -133,7 +143,7 @@ def steps_of(log: list[dict[str, Any]]) -> Iterator[Step]:
             shape = shape_of((start, length, wants) for _, start, length, _, wants in spans)
             applied = one["now"]
             rows.append((shape, applied - plan["now"]))
-    pause = median(after)
+    pause = fmean(after)
     return ((shape, seconds + pause) for shape, seconds in rows[3:])  # the first warm up
 
 
@@ -173,7 +183,8 @@ def summary(rows: list[Row]) -> Row:
 def validate(setup: Setup, only: str | None, folder: Path) -> Iterator[dict[str, Any]]:
     """Both protocols, with room for the KV of all sequences and then with too little."""
     pools = {"slack": setup.options, "thrashing": setup.options | {"pages": setup.scarce}}
-    judged, runs, about = list[tuple[Any, float, str]](), list[dict[str, Any]](), dict[str, Any]()
+    judged, level, runs = list[Guess](), list[Guess](), list[dict[str, Any]]()
+    about = dict[str, Any]()
     for pool, options in pools.items():
         if only not in (None, pool):
             continue
@@ -193,12 +204,15 @@ def validate(setup: Setup, only: str | None, folder: Path) -> Iterator[dict[str,
                 real[load].append(row)
                 steps += more
         cost = fit(training)
-        judged += [(cost.step(shape), seconds, regime(shape)) for shape, seconds in steps]
+        guesses = [(cost.step(shape), seconds, regime(shape)) for shape, seconds in steps]
+        judged += guesses
+        level += steady(guesses)
         for load, trace in traces.items():
             runs += compare(pool, load, predict(setup, served.engine, trace, cost), real[load])
         about[pool] = {"saturation": saturation, "pages": served.engine.control.kv.pages[0]}
         served.engine.close()
-        yield {"pools": about, "steps": by_regime(judged), "results": runs}
+        found = {"steps": by_regime(judged), "steady": by_regime(level)}
+        yield {"pools": about, **found, "results": runs}
 
 
 def compare(pool: str, load: float, guess: Row, real: list[Row]) -> Iterator[dict[str, Any]]:
@@ -213,9 +227,17 @@ def compare(pool: str, load: float, guess: Row, real: list[Row]) -> Iterator[dic
         yield row
 
 
-def by_regime(judged: list[tuple[Any, float, str]]) -> dict[str, Any]:
+def steady(guesses: list[Guess]) -> list[Guess]:
+    """The same steps as if the machine had kept its speed: its drift, which is the median error of
+    the steps around each, is divided out of what was measured."""
+    off = [seconds / guess.seconds for guess, seconds, _ in guesses]
+    around = [median(off[max(0, i - AROUND) : i + AROUND + 1]) for i in range(len(off))]
+    return [(guess, seconds / by, kind) for (guess, seconds, kind), by in zip(guesses, around)]
+
+
+def by_regime(judged: list[Guess]) -> dict[str, Any]:
     """T2: errors of steps that the fit did not see, by regime and of all."""
-    kinds: dict[str, list[Any]] = {}
+    kinds: dict[str, list[tuple[Estimate, float]]] = {}
     for guess, seconds, kind in judged:
         kinds.setdefault(kind, []).append((guess, seconds))
         kinds.setdefault("all", []).append((guess, seconds))

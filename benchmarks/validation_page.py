@@ -73,6 +73,9 @@ requests were in flight than it says; or that server's kernels or collectives ar
 in the tables (products alone do not ask for more than the devices' peak). Points with a low load
 are off for a reason that is not known."""
 
+STEADY = """Steps that the fit did not see. `steady`: the same as if the machine had kept its speed;
+how far it strayed, the median error of the hundred steps around each, is divided out:"""
+
 
 def engine(name: str, what: str, command: str) -> Lines:
     """T2 and T3 of one machine; a line where they were not measured."""
@@ -85,7 +88,12 @@ def engine(name: str, what: str, command: str) -> Lines:
     if found["steps"]:
         keys = list(found["steps"]["all"])
         steps = [[kind, *(row[key] for key in keys)] for kind, row in found["steps"].items()]
-        lines += ["Steps that the fit did not see:", "", *table(["steps", *keys], steps), ""]
+        steps += [
+            [f"{kind}, steady", *(row[key] for key in keys)]
+            for kind, row in found.get("steady", {}).items()
+        ]
+        about = STEADY if "steady" in found else "Steps that the fit did not see:"
+        lines += [about, "", *table(["steps", *keys], steps), ""]
     keys = ["pool", "load", "measure", "predicted", "measured", "error", "spread"]
     runs = [[row.get(key) for key in keys] for row in found["results"]]
     return [*lines, "Whole runs; `spread` is what repeats differ by:", "", *table(keys, runs), ""]

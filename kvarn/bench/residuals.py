@@ -20,7 +20,7 @@ from kvarn.cost.perturb import TERMS
 #: validations that the source tree holds
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 #: read where no file is named: held-out steps of that device; else the points of public runs
-PUBLISHED = {"h100": "sim_h100.json", "cpu": "sim_cpu.json"}
+PUBLISHED = {"h100": "sim_h100.json", "h200": "sim_h200.json", "cpu": "sim_cpu.json"}
 OTHERS = "sim_validation.json"
 WIDEST = 3.0  #: log-deviations are looked for up to here
 

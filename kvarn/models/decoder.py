@@ -21,7 +21,7 @@ from kvarn.kernels.linear.base import Linear
 from kvarn.kernels.norm import add_rms_norm, rms_norm
 from kvarn.models.native_forward import NativeForward, obstacle
 from kvarn.models.points import WHOLE_MODEL, Tap
-from kvarn.models.reader import Layer, Reader
+from kvarn.models.reader import Layer, Reader, tensors_of
 from kvarn.models.shard import local_spec
 from kvarn.models.weights import Weights
 
@@ -99,6 +99,19 @@ class Decoder:
             spec.head_dim, spec.rope_local_theta, None, max_len, self.dtype, self.device
         )
         return {False: full, True: local}
+
+    @torch.inference_mode()
+    def become(self, other: "Decoder") -> None:
+        """Take over the layers of another of the same shape and forms, in place: what is captured
+        reads them where they are. Embedding and output matrix stay.
+
+        Raises `ValueError`, with nothing changed, where the two are not alike.
+        """
+        mine, theirs = ([*tensors_of([one.layers, one.norm])] for one in (self, other))
+        if [(x.shape, x.dtype) for x in mine] != [(x.shape, x.dtype) for x in theirs]:
+            raise ValueError(f"{other.spec.name} is not of the shape of {self.spec.name}")
+        for x, new in zip(mine, theirs):
+            x.copy_(new)
 
     def rotary(self, layer: int) -> rope.Rope:
         """The rotary table that a layer turns by."""

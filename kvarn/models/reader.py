@@ -1,7 +1,8 @@
 """From named tensors to the layers of a decoder: read, fuse, convert, count."""
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from typing import cast
 
 import torch
@@ -32,6 +33,26 @@ class Layer:
     gate_up: Linear
     down: Linear
     mlp_post_norm: Tensor | None
+
+
+def tensors_of(held: object) -> Iterator[Tensor]:
+    """Every tensor in layers, a matrix or whatever these hold, in the same order for equal kinds.
+
+    Raises `ValueError` for a form that keeps its weights in something else.
+    """
+    if isinstance(held, Tensor):
+        yield held
+    elif isinstance(held, list):
+        for one in held:
+            yield from tensors_of(one)
+    elif isinstance(held, Linear):
+        found = [x for one in vars(held).values() for x in tensors_of(one)]
+        if not found:
+            raise ValueError(f"the weights of a matrix of form {held.mode!r} are no tensors")
+        yield from found
+    elif is_dataclass(held):
+        for field in fields(held):
+            yield from tensors_of(getattr(held, field.name))
 
 
 class Reader:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvarn.core.errors import ConfigError
 from kvarn.core.model import GroupSpec, ModelSpec
 from kvarn.core.plan import SeqStart, StepPlan, StepResult
 from kvarn.kernels.attention import AttentionBackend, Ints, PagedRows
@@ -136,13 +135,14 @@ class Runner:
         return self._batch(plan, range(len(plan.spans)))
 
     def renew(self, decoder: Decoder) -> None:
-        """Compute with other weights of the same shape from the next step on.
+        """Compute with other weights of the same shape from the next step on; none is in flight.
 
-        Raises `ConfigError` where captured steps hold the addresses of the old ones.
+        Captured steps read them where the old ones were: there they are copied.
         """
-        if self.graphs is not None or self.pieces is not None:
-            raise ConfigError("captured steps keep their weights: start with graphs=off")
-        self.decoder = self.extras.decoder = decoder
+        if self.graphs is None and self.pieces is None:
+            self.decoder = self.extras.decoder = decoder
+        else:
+            self.decoder.become(decoder)
 
     def close(self) -> None:
         """Let the thread end."""

@@ -95,12 +95,15 @@ def make_drafter(
     )
 
 
-def load_network(folder: Path, target: Model) -> Network:
-    """The drafter in `folder` as it can be trained; raises as `load_drafter` does."""
-    weights = SafetensorsWeights(folder)
-    network = Network(_spec(folder, target), target.decoder.embed)
+def load_network(folder: Path, target: Model, device: torch.device | None = None) -> Network:
+    """The drafter in `folder` as it can be trained, on `device` (default: the target's).
+
+    Raises as `load_drafter` does.
+    """
+    device, weights = device or target.device, SafetensorsWeights(folder)
+    network = Network(_spec(folder, target), target.decoder.embed.to(device))
     network.drafts = _drafts(weights, network.spec)
-    network.to(target.device)
+    network.to(device)
     with torch.no_grad():
         for name, x in network.state_dict().items():
             x.copy_(weights.read(name, tuple(x.shape)))

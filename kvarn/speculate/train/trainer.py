@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvarn.core.output import TrainerStats
-from kvarn.core.part import Cap, Part
+from kvarn.core.part import Part
 from kvarn.core.seq import Seq
 from kvarn.models.decoder import Decoder
 from kvarn.speculate.records import Record
@@ -44,7 +44,6 @@ class OnlineTrainer(Part):
     """Called by the thread that steps, and by no other."""
 
     name, kind, paper = "online-spec", "trainer", "2310.07177"
-    needs = frozenset({Cap.CPU_DEVICE})
     regime = (
         "Traffic unlike the drafter's training text, for hundreds of requests. Takes up to a "
         "quarter of one core; loses where that core is needed for steps, and at rest where "
