@@ -27,6 +27,7 @@ inline void pack_codes(const Codes& made, const uint8_t* codes, const uint16_t* 
         }
 }
 
+#if defined(__AVX512F__)
 // One vector of codes, good for `per` dot products, against M rows.
 template <int M, int BITS>
 inline void add_products(Ints (&acc)[M][2], const uint32_t* const (&x)[M], const uint8_t* codes, int p) {
@@ -94,6 +95,67 @@ void quantised_tile(const Codes& w, const uint8_t* panel, const Quantised& x, in
     }
     std::memcpy(out, acc, sizeof acc);
 }
+#else
+// Sixteen outputs at a time, in registers as wide as they are (see `multiply` in vec.h): `half` says which.
+template <int M, int BITS, bool OFFSETS>
+inline void quantised_half(const Codes& w, const uint8_t* panel, const Quantised& x, int64_t row, int half,
+                           const uint8_t* ahead, Floats (*out)[2]) {
+    constexpr int LANES = Narrow::LANES, PARTS = 16 / LANES, per = BITS == 8 ? 1 : 2;
+    const int64_t groups = w.k / GROUP, block = w.block();
+    Narrow::Floats acc[M][PARTS] = {};
+    for (int64_t g = 0; g < groups; g++, panel += block) {
+        if (ahead)
+            for (int64_t i = 0; i < block; i += 128) __builtin_prefetch(ahead + g * block + i, 0, 2);
+        Narrow::Ints sums[M][PARTS];
+        const uint32_t* codes[M];
+#pragma GCC unroll 8
+        for (int i = 0; i < M; i++) {
+            codes[i] = (const uint32_t*)(x.codes + (row + i) * w.k + g * GROUP);
+            const int32_t less = (int32_t)w.zero * x.total[(row + i) * groups + g];
+            for (int c = 0; c < PARTS; c++) sums[i][c] = Narrow::Ints{} - less;
+        }
+#pragma GCC unroll 1
+        for (int p = 0; p < GROUP / 4 / per; p++)
+#pragma GCC unroll 4
+            for (int c = 0; c < PARTS; c++) {
+                const auto column =
+                    load<Narrow::Words>(panel + (p * PANEL + half * 16 + c * LANES) * 4);
+#pragma GCC unroll 2
+                for (int part = 0; part < per; part++) {
+                    const Narrow::Words now = per == 1 ? column : column >> (4 * part) & 0x0f0f0f0fu;
+#pragma GCC unroll 8
+                    for (int i = 0; i < M; i++)
+                        sums[i][c] = Narrow::dot4<BITS>(sums[i][c], now,
+                                                        Narrow::Words{} + codes[i][p * per + part]);
+                }
+            }
+        const uint16_t* factors = (const uint16_t*)(panel + GROUP / 8 * BITS * PANEL) + half * 16;
+#pragma GCC unroll 4
+        for (int c = 0; c < PARTS; c++) {
+            const auto scale = Narrow::from_half(load<Narrow::Halves>(factors + c * LANES));
+            Narrow::Floats offset;
+            if (OFFSETS) offset = Narrow::from_half(load<Narrow::Halves>(factors + PANEL + c * LANES));
+#pragma GCC unroll 8
+            for (int i = 0; i < M; i++) {
+                const int64_t at = (row + i) * groups + g;
+                const auto sum = __builtin_convertvector(sums[i][c], Narrow::Floats);
+                acc[i][c] = Narrow::fma(sum, scale * x.scale[at], acc[i][c]);
+                if (OFFSETS)
+                    acc[i][c] = Narrow::fma(offset, Narrow::Floats{} + x.shift[at], acc[i][c]);
+            }
+        }
+    }
+    for (int i = 0; i < M; i++)
+        for (int c = 0; c < PARTS; c++) store((float*)&out[i][half] + c * LANES, acc[i][c]);
+}
+
+template <int M, int BITS, bool OFFSETS>
+void quantised_tile(const Codes& w, const uint8_t* panel, const Quantised& x, int64_t row,
+                    const uint8_t* ahead, Floats (*out)[2]) {
+    quantised_half<M, BITS, OFFSETS>(w, panel, x, row, 0, ahead, out);
+    quantised_half<M, BITS, OFFSETS>(w, panel, x, row, 1, nullptr, out);
+}
+#endif
 
 using QuantisedTile = void (*)(const Codes&, const uint8_t*, const Quantised&, int64_t, const uint8_t*,
                                Floats (*)[2]);

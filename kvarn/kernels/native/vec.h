@@ -5,7 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -118,6 +118,65 @@ struct Lane<bf16> {
     }
 };
 
+#if !defined(__AVX512F__)
+// Vectors as wide as a register.
+struct Narrow {
+#if defined(__AVX2__) && defined(__FMA__)
+    static constexpr int LANES = 8;
+#else
+    static constexpr int LANES = 4;
+#endif
+    typedef float Floats __attribute__((vector_size(4 * LANES)));
+    typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+    typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+    typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+    static Floats fma(Floats a, Floats b, Floats c) {
+#if defined(__AVX2__) && defined(__FMA__)
+        return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+        return a * b + c;
+#endif
+    }
+
+    // `Lane<T>::mac`, of fewer lanes.
+    template <class T>
+    static Floats mac(Floats acc, Words a, Words b) {
+        if constexpr (Lane<T>::per_word == 1) return fma((Floats)a, (Floats)b, acc);
+        acc = fma((Floats)(a << 16), (Floats)(b << 16), acc);
+        return fma((Floats)(a & 0xffff0000u), (Floats)(b & 0xffff0000u), acc);
+    }
+
+    // acc + a0*b0 + .. + a3*b3 of the four bytes of each lane: a of BITS, without a sign, b from -127 to 127.
+    template <int BITS>
+    static Ints dot4(Ints acc, Words a, Words b) {
+#if defined(__AVX2__)
+        if constexpr (BITS == 8)  // by seven bits and the last: sums of two products fit 16 bits
+            acc += products(a & 0x80808080u, b) + products(a & 0x7f7f7f7fu, b);
+        else acc += products(a, b);
+#else
+        for (int byte = 0; byte < 4; byte++)
+            acc += (Ints)(a >> (8 * byte) & 0xff) * ((Ints)(b << (24 - 8 * byte)) >> 24);
+#endif
+        return acc;
+    }
+
+    static Floats from_half(Halves h) {
+        const Words wide = __builtin_convertvector(h, Words);
+        const Floats size = (Floats)((wide & 0x7fff) << 13) * 5.192296858534828e33f;  // 2^112
+        return (Floats)((Words)size | (wide & 0x8000) << 16);
+    }
+
+  private:
+#if defined(__AVX2__)
+    static Ints products(Words a, Words b) {
+        const __m256i pairs = _mm256_maddubs_epi16((__m256i)a, (__m256i)b);
+        return (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    }
+#endif
+};
+#endif
+
 #if defined(__AVX512VNNI__)
 constexpr bool DOT4_IS_SHORT = true;  // one instruction
 #else
@@ -199,6 +258,7 @@ inline Floats tanh(Floats x) {
 // acc[M][N] += A[M][k] B[k][N * 16], k in words. Every element is summed in order of k by one chain, so
 // the result for a row does not depend on M. `ahead`, where given, is brought into the cache on the way,
 // every second line of 64 bytes of it.
+#if defined(__AVX512F__)
 template <class T, int M, int N, bool AHEAD = false>
 inline void multiply(Floats (&acc)[M][N], const uint32_t* const (&a)[M], const uint32_t* b,
                      int64_t b_stride, int64_t k, const uint32_t* ahead = nullptr) {
@@ -215,5 +275,49 @@ inline void multiply(Floats (&acc)[M][N], const uint32_t* const (&a)[M], const u
         }
     }
 }
+#else
+// Compilers keep vectors that are wider than a register in memory. So here sums are held in registers as
+// wide as they are: six rows by sixteen columns at a time, which sixteen registers of eight lanes hold.
+constexpr int HELD = 6;
+
+template <class T, int M, bool AHEAD>
+inline void multiply_held(float* const (&acc)[M], const uint32_t* const* a, const uint32_t* b,
+                          int64_t b_stride, int64_t k, const uint32_t* ahead) {
+    constexpr int PARTS = 16 / Narrow::LANES;
+    Narrow::Floats sums[M][PARTS];
+    for (int i = 0; i < M; i++)
+        for (int c = 0; c < PARTS; c++) sums[i][c] = load<Narrow::Floats>(acc[i] + c * Narrow::LANES);
+    for (int64_t p = 0; p < k; p++) {
+        if (AHEAD) __builtin_prefetch(ahead + p * 32, 0, 2);
+        Narrow::Words column[PARTS];
+#pragma GCC unroll 4
+        for (int c = 0; c < PARTS; c++)
+            column[c] = load<Narrow::Words>(b + p * b_stride + c * Narrow::LANES);
+#pragma GCC unroll 8
+        for (int i = 0; i < M; i++) {
+            const Narrow::Words row = Narrow::Words{} + a[i][p];
+#pragma GCC unroll 4
+            for (int c = 0; c < PARTS; c++) sums[i][c] = Narrow::mac<T>(sums[i][c], row, column[c]);
+        }
+    }
+    for (int i = 0; i < M; i++)
+        for (int c = 0; c < PARTS; c++) store(acc[i] + c * Narrow::LANES, sums[i][c]);
+}
+
+template <class T, int M, int N, bool AHEAD = false, int FROM = 0>
+inline void multiply(Floats (&acc)[M][N], const uint32_t* const (&a)[M], const uint32_t* b,
+                     int64_t b_stride, int64_t k, const uint32_t* ahead = nullptr) {
+    constexpr int some = M - FROM < HELD ? M - FROM : HELD;
+    for (int j = 0; j < N; j++) {
+        float* sums[some];
+        for (int i = 0; i < some; i++) sums[i] = (float*)&acc[FROM + i][j];
+        if (AHEAD && FROM == 0 && j == 0)
+            multiply_held<T, some, true>(sums, a + FROM, b, b_stride, k, ahead);
+        else multiply_held<T, some, false>(sums, a + FROM, b + j * 16, b_stride, k, nullptr);
+    }
+    if constexpr (FROM + some < M)
+        multiply<T, M, N, AHEAD, FROM + some>(acc, a, b, b_stride, k, ahead);
+}
+#endif
 
 }  // namespace kvarn
