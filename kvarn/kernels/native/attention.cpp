@@ -5,7 +5,8 @@
 
 namespace kvarn {
 
-constexpr int STEP = 6;  // rows multiplied at a time: 24 accumulators of 16 columns
+constexpr int STEP = 6;  // rows multiplied at a time
+constexpr int ACROSS = TILE / LANES;  // vectors of a row's scores, and of 64 columns of values
 
 // to[p][j] = from[j][p] for 16 rows of words.
 inline void transpose(const uint32_t* const* from, int64_t words, uint32_t* to) {
@@ -59,7 +60,7 @@ inline void lay_values(const bf16* const* from, int64_t n, int64_t dim, int64_t 
     for (int64_t j = 0; j < n; j += 2) {
         uint32_t* row = to + j / 2 * wide;
         int64_t i = 0;
-        for (; i + 16 <= dim; i += 16)
+        for (; i + LANES <= dim; i += LANES)
             interleave(load<Halves>(from[j] + i), load<Halves>(from[j + 1] + i), row + i);
         if (i < dim) {
             Halves low = {}, high = {};
@@ -79,29 +80,29 @@ template <class T>
 __attribute__((noinline)) void soften(const Step& step, float* scores, int64_t low, int64_t high,
                                       T* weights, float* o, int64_t wide, float& peak, float& total) {
     Ints lane;
-    for (int i = 0; i < 16; i++) lane[i] = i;
-    Floats s[4], top = splat(-INFINITY);
-    for (int c = 0; c < 4; c++) {
-        s[c] = load<Floats>(scores + c * 16) * step.scale;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    Floats s[ACROSS], top = splat(-INFINITY);
+    for (int c = 0; c < ACROSS; c++) {
+        s[c] = load<Floats>(scores + c * LANES) * step.scale;
         if (step.softcap > 0) s[c] = tanh(s[c] * (1.0f / step.softcap)) * step.softcap;
         s[c] = s[c] * LOG2E;
         if (low > 0 || high < TILE) {
-            const Ints at = lane + c * 16;
+            const Ints at = lane + c * LANES;
             s[c] = select((at >= (int)low) & (at < (int)high), s[c], splat(-INFINITY));
         }
         top = larger(top, s[c]);
     }
     const float now = std::max(peak, largest(top));
     Floats added = {};
-    for (int c = 0; c < 4; c++) {
+    for (int c = 0; c < ACROSS; c++) {
         const Floats p = exp2(s[c] - now);
         added = added + p;
-        put_weights(weights + c * 16, p);
+        put_weights(weights + c * LANES, p);
     }
     if (now > peak) {
         const float shrink = exp2(splat(peak - now))[0];
         total *= shrink;
-        for (int64_t i = 0; i < wide; i += 16) store(o + i, load<Floats>(o + i) * shrink);
+        for (int64_t i = 0; i < wide; i += LANES) store(o + i, load<Floats>(o + i) * shrink);
         peak = now;
     }
     total += sum(added);
@@ -109,15 +110,16 @@ __attribute__((noinline)) void soften(const Step& step, float* scores, int64_t l
 
 template <class T, int M>
 void score_rows(const Scratch<T>& s, int64_t row) {
-    Floats acc[M][4];
+    Floats acc[M][ACROSS];
     const uint32_t* a[M];
     for (int i = 0; i < M; i++) {
         a[i] = s.q.get() + (row + i) * s.words;
-        for (int j = 0; j < 4; j++) acc[i][j] = Floats{};
+        for (int j = 0; j < ACROSS; j++) acc[i][j] = Floats{};
     }
-    multiply<T, M, 4>(acc, a, s.keys.get(), TILE, s.words);
+    multiply<T, M, ACROSS>(acc, a, s.keys.get(), TILE, s.words);
+    float* scores = s.scores.get() + row * TILE;
     for (int i = 0; i < M; i++)
-        for (int j = 0; j < 4; j++) store(s.scores.get() + (row + i) * TILE + j * 16, acc[i][j]);
+        for (int j = 0; j < ACROSS; j++) store(scores + i * TILE + j * LANES, acc[i][j]);
 }
 
 template <class T, int M>
@@ -125,13 +127,13 @@ void weigh_rows(const Scratch<T>& s, int64_t row, int64_t k) {
     const uint32_t* a[M];
     for (int i = 0; i < M; i++) a[i] = s.weights.get() + (row + i) * (TILE / Lane<T>::per_word);
     for (int64_t first = 0; first < s.wide; first += 64) {
-        Floats acc[M][4];
+        Floats acc[M][ACROSS];
         float* o = s.o.get() + row * s.wide + first;
         for (int i = 0; i < M; i++)
-            for (int j = 0; j < 4; j++) acc[i][j] = load<Floats>(o + i * s.wide + j * 16);
-        multiply<T, M, 4>(acc, a, s.values.get() + first, s.wide, k);
+            for (int j = 0; j < ACROSS; j++) acc[i][j] = load<Floats>(o + i * s.wide + j * LANES);
+        multiply<T, M, ACROSS>(acc, a, s.values.get() + first, s.wide, k);
         for (int i = 0; i < M; i++)
-            for (int j = 0; j < 4; j++) store(o + i * s.wide + j * 16, acc[i][j]);
+            for (int j = 0; j < ACROSS; j++) store(o + i * s.wide + j * LANES, acc[i][j]);
     }
 }
 
@@ -251,10 +253,10 @@ void attend(const Step& step, const T* cache, const T* q, int64_t q_stride, T* o
     for (int64_t r = 0; r < folded; r++) {
         const int64_t to = (row + r / group) * step.heads + head * group + r % group;
         const float scale = 1.0f / s.total[r];
-        for (int64_t i = 0; i < step.dim; i += 16) {
+        for (int64_t i = 0; i < step.dim; i += LANES) {
             const Floats v = load<Floats>(s.o.get() + r * s.wide + i) * scale;
             const int64_t left = step.dim - i;
-            if (left >= 16) Lane<T>::put(o + to * step.dim + i, v);
+            if (left >= LANES) Lane<T>::put(o + to * step.dim + i, v);
             else put_some(o + to * step.dim + i, v, (int)left);
         }
         if (lse) lse[to] = (s.peak[r] + std::log2(s.total[r])) * LN2;

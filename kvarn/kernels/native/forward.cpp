@@ -202,8 +202,7 @@ class Forward {
                 const int64_t from = (row - lo) * PANEL, group = row * (m.ffn / GROUP) + at / GROUP;
                 gated_row(sides[0] + from, sides[1] + from, PANEL, m.gelu, out);
                 if (layer.down.codes)
-                    quantise_group(Lane<T>::get(out), Lane<T>::get(out + 16),
-                                   to.mid.codes + row * m.ffn + at, to.mid.scale + group,
+                    quantise_group(out, to.mid.codes + row * m.ffn + at, to.mid.scale + group,
                                    to.mid.shift + group, to.mid.total + group);
             }
         });

@@ -41,21 +41,21 @@ template <class T>
 void argmax_row(const T* x, int64_t n, int64_t* id, float* best) {
     Floats top = splat(-INFINITY), some = {};
     Ints odd = {};
-    for (int64_t i = 0; i < n; i += 16) {
+    for (int64_t i = 0; i < n; i += LANES) {
         // the places beyond the end repeat the first number
-        some = i + 16 <= n ? Lane<T>::get(x + i) : get_some(x + i, (int)(n - i));
-        for (int64_t j = n - i; j < 16; j++) some[j] = get_some(x, 1)[0];
+        some = i + LANES <= n ? Lane<T>::get(x + i) : get_some(x + i, (int)(n - i));
+        for (int64_t j = n - i; j < LANES; j++) some[j] = get_some(x, 1)[0];
         odd |= some != some;
         top = larger(some, top);
     }
     float most = largest(top);
-    for (int j = 0; j < 16; j++)
+    for (int j = 0; j < LANES; j++)
         if (odd[j]) most = NAN;
     *best = most, *id = 0;
-    for (int64_t i = 0; i < n; i += 16) {
-        const Floats here = i + 16 <= n ? Lane<T>::get(x + i) : get_some(x + i, (int)(n - i));
+    for (int64_t i = 0; i < n; i += LANES) {
+        const Floats here = i + LANES <= n ? Lane<T>::get(x + i) : get_some(x + i, (int)(n - i));
         const Ints found = here == splat(most);
-        for (int64_t j = 0; j < 16 && i + j < n; j++)
+        for (int64_t j = 0; j < LANES && i + j < n; j++)
             if (found[j]) {
                 *id = i + j;
                 return;

@@ -10,12 +10,12 @@ namespace kvarn {
 
 template <class T>
 inline Floats get_upto(const T* p, int64_t left) {
-    return left >= 16 ? Lane<T>::get(p) : get_some(p, (int)left);
+    return left >= LANES ? Lane<T>::get(p) : get_some(p, (int)left);
 }
 
 template <class T>
 inline void put_upto(T* p, Floats v, int64_t left) {
-    if (left >= 16) Lane<T>::put(p, v);
+    if (left >= LANES) Lane<T>::put(p, v);
     else put_some(p, v, (int)left);
 }
 
@@ -23,7 +23,7 @@ inline void put_upto(T* p, Floats v, int64_t left) {
 template <class T, class W>
 void norm_row(const T* x, const T* residual, const W* weight, float eps, int64_t dim, T* out, T* total) {
     Floats squares = {};
-    for (int64_t i = 0; i < dim; i += 16) {
+    for (int64_t i = 0; i < dim; i += LANES) {
         Floats v = get_upto(x + i, dim - i);
         if (total) {
             v = v + get_upto(residual + i, dim - i);
@@ -34,7 +34,7 @@ void norm_row(const T* x, const T* residual, const W* weight, float eps, int64_t
     }
     const T* from = total ? total : x;
     const float scale = 1.0f / std::sqrt(sum(squares) / dim + eps);
-    for (int64_t i = 0; i < dim; i += 16) {
+    for (int64_t i = 0; i < dim; i += LANES) {
         const Floats v = get_upto(from + i, dim - i) * scale;
         put_upto(out + i, v * get_upto(weight + i, dim - i), dim - i);
     }
@@ -44,7 +44,7 @@ void norm_row(const T* x, const T* residual, const W* weight, float eps, int64_t
 template <class T>
 void rope_head(const T* from, int64_t dim, const float* cos, const float* sin, T* to) {
     const int64_t half = dim / 2;
-    for (int64_t i = 0; i < half; i += 16) {
+    for (int64_t i = 0; i < half; i += LANES) {
         const int64_t left = half - i;
         const Floats a = get_upto(from + i, left), b = get_upto(from + half + i, left);
         const Floats c = get_upto(cos + i, left);
@@ -64,7 +64,7 @@ inline Floats gelu_tanh(Floats x) {
 // out [n] = act(gate) * up
 template <class T>
 void gated_row(const T* gate, const T* up, int64_t n, bool gelu, T* out) {
-    for (int64_t i = 0; i < n; i += 16) {
+    for (int64_t i = 0; i < n; i += LANES) {
         const Floats g = get_upto(gate + i, n - i);
         put_upto(out + i, (gelu ? gelu_tanh(g) : silu(g)) * get_upto(up + i, n - i), n - i);
     }

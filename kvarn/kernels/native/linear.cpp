@@ -22,20 +22,20 @@ void pack(const T* w, int64_t n, int64_t k, uint32_t* out) {
 // The sums of M rows against one panel. What they become is the caller's: one loop serves all types of y.
 template <class T, int M>
 void tile(const T* x, int64_t x_stride, const uint32_t* panel, int64_t words, const uint32_t* ahead,
-          Floats (*out)[2]) {
-    Floats acc[M][2];
+          Floats (*out)[VECTORS]) {
+    Floats acc[M][VECTORS];
     const uint32_t* rows[M];
     for (int i = 0; i < M; i++) {
         rows[i] = (const uint32_t*)(x + i * x_stride);
-        acc[i][0] = acc[i][1] = Floats{};
+        for (int j = 0; j < VECTORS; j++) acc[i][j] = Floats{};
     }
-    if (ahead) multiply<T, M, 2, true>(acc, rows, panel, PANEL, words, ahead);
-    else multiply<T, M, 2>(acc, rows, panel, PANEL, words);
+    if (ahead) multiply<T, M, VECTORS, true>(acc, rows, panel, PANEL, words, ahead);
+    else multiply<T, M, VECTORS>(acc, rows, panel, PANEL, words);
     std::memcpy(out, acc, sizeof acc);
 }
 
 template <class T>
-using Tile = void (*)(const T*, int64_t, const uint32_t*, int64_t, const uint32_t*, Floats (*)[2]);
+using Tile = void (*)(const T*, int64_t, const uint32_t*, int64_t, const uint32_t*, Floats (*)[VECTORS]);
 
 template <class T>
 constexpr Tile<T> TILES[ROWS + 1] = {
@@ -49,7 +49,7 @@ void linear_panel(const T* x, int64_t x_stride, int64_t words, const uint32_t* p
                   bool bring) {
     const uint32_t* panel = packed + at * words;
     const int64_t tiles = (hi - lo + ROWS - 1) / ROWS;
-    Floats sums[ROWS][2];
+    Floats sums[ROWS][VECTORS];
     for (int64_t i = 0; i < tiles; i++) {
         const int64_t from = lo + (hi - lo) * i / tiles, to = lo + (hi - lo) * (i + 1) / tiles;
         const bool fetch = bring && tiles > 1 && i < 2;

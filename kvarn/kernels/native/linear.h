@@ -11,8 +11,9 @@
 
 namespace kvarn {
 
-constexpr int PANEL = 32;  // outputs of a panel: two vectors
-constexpr int ROWS = 12;   // rows multiplied at a time: 24 accumulators
+constexpr int PANEL = 32;  // outputs of a panel
+constexpr int VECTORS = PANEL / LANES;  // of sums of a row
+constexpr int ROWS = 12;   // rows multiplied at a time
 constexpr int CHUNK = 10 * ROWS;  // rows that stay in cache while a panel passes
 
 // Fewer TLB misses; a hint, so its failure is harmless.
@@ -22,18 +23,18 @@ inline void huge_pages(void* out, int64_t bytes) {
         madvise((void*)first, ((uintptr_t)out + bytes - first) / huge * huge, MADV_HUGEPAGE);
 }
 
-// The sums of m rows and two vectors of outputs, of which the first `width` count.
+// The sums of m rows of outputs, of which the first `width` count.
 template <class U>
-inline void put_tile(const Floats (*acc)[2], int m, const float* bias, int64_t width, U* y,
+inline void put_tile(const Floats (*acc)[VECTORS], int m, const float* bias, int64_t width, U* y,
                      int64_t y_stride) {
-    for (int j = 0; j < 2; j++) {
-        const int some = (int)std::min<int64_t>(16, width - j * 16);
+    for (int j = 0; j < VECTORS; j++) {
+        const int some = (int)std::min<int64_t>(LANES, width - j * LANES);
         if (some <= 0) break;
-        const Floats add = bias ? get_some(bias + j * 16, some) : Floats{};
+        const Floats add = bias ? get_some(bias + j * LANES, some) : Floats{};
         for (int i = 0; i < m; i++) {
             const Floats sum = bias ? acc[i][j] + add : acc[i][j];
-            if (some == 16) Lane<U>::put(y + i * y_stride + j * 16, sum);
-            else put_some(y + i * y_stride + j * 16, sum, some);
+            if (some == LANES) Lane<U>::put(y + i * y_stride + j * LANES, sum);
+            else put_some(y + i * y_stride + j * LANES, sum, some);
         }
     }
 }

@@ -27,22 +27,26 @@ inline void pack_codes(const Codes& made, const uint8_t* codes, const uint16_t* 
         }
 }
 
-#if defined(__AVX512F__)
-// One vector of codes, good for `per` dot products, against M rows.
+constexpr int SUMS = WIDTH / LANES;
+
+// Codes of some inputs, good for `per` dot products, against M rows.
 template <int M, int BITS>
-inline void add_products(Ints (&acc)[M][2], const uint32_t* const (&x)[M], const uint8_t* codes, int p) {
+inline void add_products(Ints (&acc)[M][SUMS], const uint32_t* const (&x)[M], const uint8_t* codes, int p) {
     constexpr int per = BITS == 8 ? 1 : 2;
-    Words column[2];
-    for (int j = 0; j < 2; j++) column[j] = load<Words>(codes + (p * PANEL + j * 16) * 4);
+    Words column[SUMS];
+#pragma GCC unroll 4
+    for (int j = 0; j < SUMS; j++) column[j] = load<Words>(codes + (p * PANEL + j * LANES) * 4);
 #pragma GCC unroll 2
     for (int part = 0; part < per; part++) {
-        Words now[2];
-        for (int j = 0; j < 2; j++)
+        Words now[SUMS];
+#pragma GCC unroll 4
+        for (int j = 0; j < SUMS; j++)
             now[j] = per == 1 ? column[j] : column[j] >> (4 * part) & 0x0f0f0f0fu;
 #pragma GCC unroll 8
         for (int i = 0; i < M; i++) {
             const Words row = Words{} + x[i][p * per + part];
-            for (int j = 0; j < 2; j++) acc[i][j] = dot4(acc[i][j], now[j], row);
+#pragma GCC unroll 4
+            for (int j = 0; j < SUMS; j++) acc[i][j] = dot4<BITS>(acc[i][j], now[j], row);
         }
     }
 }
@@ -50,7 +54,7 @@ inline void add_products(Ints (&acc)[M][2], const uint32_t* const (&x)[M], const
 // The products of a block. Where `dot4` takes many instructions, a loop over them is as fast as all of
 // them in a row for four rows of x or more, and takes the compiler a third of the time.
 template <int M, int BITS>
-inline void block_sums(Ints (&acc)[M][2], const uint32_t* const (&x)[M], const uint8_t* codes) {
+inline void block_sums(Ints (&acc)[M][SUMS], const uint32_t* const (&x)[M], const uint8_t* codes) {
     constexpr int vectors = GROUP / 4 / (BITS == 8 ? 1 : 2);
     if constexpr (M < 4 || DOT4_IS_SHORT) {
 #pragma GCC unroll 8
@@ -61,104 +65,54 @@ inline void block_sums(Ints (&acc)[M][2], const uint32_t* const (&x)[M], const u
     }
 }
 
-// The sums of M rows of x from `row` against one panel.
+// The sums of M rows of x from `row` against WIDTH outputs of a panel, from `at` on.
 template <int M, int BITS, bool OFFSETS>
-void quantised_tile(const Codes& w, const uint8_t* panel, const Quantised& x, int64_t row,
-                    const uint8_t* ahead, Floats (*out)[2]) {
+inline void quantised_held(const Codes& w, const uint8_t* panel, const Quantised& x, int64_t row, int at,
+                           const uint8_t* ahead, Floats (*out)[VECTORS]) {
     const int64_t groups = w.k / GROUP, block = w.block();
-    Floats acc[M][2];
-    for (int i = 0; i < M; i++) acc[i][0] = acc[i][1] = Floats{};
+    Floats acc[M][SUMS];
+    for (int i = 0; i < M; i++)
+        for (int j = 0; j < SUMS; j++) acc[i][j] = Floats{};
     for (int64_t g = 0; g < groups; g++, panel += block) {
         if (ahead)
             for (int64_t i = 0; i < block; i += 128) __builtin_prefetch(ahead + g * block + i, 0, 2);
-        Ints sums[M][2];
+        Ints sums[M][SUMS];
         const uint32_t* codes[M];
 #pragma GCC unroll 8
         for (int i = 0; i < M; i++) {
             codes[i] = (const uint32_t*)(x.codes + (row + i) * w.k + g * GROUP);
-            sums[i][0] = sums[i][1] = Ints{} - (int32_t)w.zero * x.total[(row + i) * groups + g];
+#pragma GCC unroll 4
+            for (int j = 0; j < SUMS; j++)
+                sums[i][j] = Ints{} - (int32_t)w.zero * x.total[(row + i) * groups + g];
         }
-        block_sums<M, BITS>(sums, codes, panel);
-        const uint16_t* factors = (const uint16_t*)(panel + GROUP / 8 * BITS * PANEL);
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; j++) {
-            const Floats scale = from_half(load<Halves>(factors + j * 16));
+        block_sums<M, BITS>(sums, codes, panel + at * 4);
+        const uint16_t* factors = (const uint16_t*)(panel + GROUP / 8 * BITS * PANEL) + at;
+#pragma GCC unroll 4
+        for (int j = 0; j < SUMS; j++) {
+            const Floats scale = from_half(load<Halves>(factors + j * LANES));
             Floats offset;
-            if (OFFSETS) offset = from_half(load<Halves>(factors + PANEL + j * 16));
+            if (OFFSETS) offset = from_half(load<Halves>(factors + PANEL + j * LANES));
 #pragma GCC unroll 8
             for (int i = 0; i < M; i++) {
-                const int64_t at = (row + i) * groups + g;
-                acc[i][j] = fma(to_float(sums[i][j]), scale * x.scale[at], acc[i][j]);
-                if (OFFSETS) acc[i][j] = fma(offset, splat(x.shift[at]), acc[i][j]);
-            }
-        }
-    }
-    std::memcpy(out, acc, sizeof acc);
-}
-#else
-// Sixteen outputs at a time, in registers as wide as they are (see `multiply` in vec.h): `half` says which.
-template <int M, int BITS, bool OFFSETS>
-inline void quantised_half(const Codes& w, const uint8_t* panel, const Quantised& x, int64_t row, int half,
-                           const uint8_t* ahead, Floats (*out)[2]) {
-    constexpr int LANES = Narrow::LANES, PARTS = 16 / LANES, per = BITS == 8 ? 1 : 2;
-    const int64_t groups = w.k / GROUP, block = w.block();
-    Narrow::Floats acc[M][PARTS] = {};
-    for (int64_t g = 0; g < groups; g++, panel += block) {
-        if (ahead)
-            for (int64_t i = 0; i < block; i += 128) __builtin_prefetch(ahead + g * block + i, 0, 2);
-        Narrow::Ints sums[M][PARTS];
-        const uint32_t* codes[M];
-#pragma GCC unroll 8
-        for (int i = 0; i < M; i++) {
-            codes[i] = (const uint32_t*)(x.codes + (row + i) * w.k + g * GROUP);
-            const int32_t less = (int32_t)w.zero * x.total[(row + i) * groups + g];
-            for (int c = 0; c < PARTS; c++) sums[i][c] = Narrow::Ints{} - less;
-        }
-#pragma GCC unroll 1
-        for (int p = 0; p < GROUP / 4 / per; p++)
-#pragma GCC unroll 4
-            for (int c = 0; c < PARTS; c++) {
-                const auto column =
-                    load<Narrow::Words>(panel + (p * PANEL + half * 16 + c * LANES) * 4);
-#pragma GCC unroll 2
-                for (int part = 0; part < per; part++) {
-                    const Narrow::Words now = per == 1 ? column : column >> (4 * part) & 0x0f0f0f0fu;
-#pragma GCC unroll 8
-                    for (int i = 0; i < M; i++)
-                        sums[i][c] = Narrow::dot4<BITS>(sums[i][c], now,
-                                                        Narrow::Words{} + codes[i][p * per + part]);
-                }
-            }
-        const uint16_t* factors = (const uint16_t*)(panel + GROUP / 8 * BITS * PANEL) + half * 16;
-#pragma GCC unroll 4
-        for (int c = 0; c < PARTS; c++) {
-            const auto scale = Narrow::from_half(load<Narrow::Halves>(factors + c * LANES));
-            Narrow::Floats offset;
-            if (OFFSETS) offset = Narrow::from_half(load<Narrow::Halves>(factors + PANEL + c * LANES));
-#pragma GCC unroll 8
-            for (int i = 0; i < M; i++) {
-                const int64_t at = (row + i) * groups + g;
-                const auto sum = __builtin_convertvector(sums[i][c], Narrow::Floats);
-                acc[i][c] = Narrow::fma(sum, scale * x.scale[at], acc[i][c]);
-                if (OFFSETS)
-                    acc[i][c] = Narrow::fma(offset, Narrow::Floats{} + x.shift[at], acc[i][c]);
+                const int64_t group = (row + i) * groups + g;
+                acc[i][j] = fma(to_float(sums[i][j]), scale * x.scale[group], acc[i][j]);
+                if (OFFSETS) acc[i][j] = fma(offset, splat(x.shift[group]), acc[i][j]);
             }
         }
     }
     for (int i = 0; i < M; i++)
-        for (int c = 0; c < PARTS; c++) store((float*)&out[i][half] + c * LANES, acc[i][c]);
+        for (int j = 0; j < SUMS; j++) out[i][at / LANES + j] = acc[i][j];
 }
 
 template <int M, int BITS, bool OFFSETS>
 void quantised_tile(const Codes& w, const uint8_t* panel, const Quantised& x, int64_t row,
-                    const uint8_t* ahead, Floats (*out)[2]) {
-    quantised_half<M, BITS, OFFSETS>(w, panel, x, row, 0, ahead, out);
-    quantised_half<M, BITS, OFFSETS>(w, panel, x, row, 1, nullptr, out);
+                    const uint8_t* ahead, Floats (*out)[VECTORS]) {
+    for (int at = 0; at < PANEL; at += WIDTH)
+        quantised_held<M, BITS, OFFSETS>(w, panel, x, row, at, at ? nullptr : ahead, out);
 }
-#endif
 
 using QuantisedTile = void (*)(const Codes&, const uint8_t*, const Quantised&, int64_t, const uint8_t*,
-                               Floats (*)[2]);
+                               Floats (*)[VECTORS]);
 
 template <int BITS, bool OFFSETS>
 constexpr QuantisedTile QUANTISED_TILES[QUANTISED_ROWS + 1] = {
@@ -179,7 +133,7 @@ void quantised_panel(const Codes& w, const Quantised& x, int64_t lo, int64_t hi,
     const uint8_t* panel = w.blocks + at / PANEL * w.panel();
     const int64_t tiles = (hi - lo + QUANTISED_ROWS - 1) / QUANTISED_ROWS;
     const QuantisedTile* tile = tiles_of(w);
-    Floats sums[QUANTISED_ROWS][2];
+    Floats sums[QUANTISED_ROWS][VECTORS];
     for (int64_t i = 0; i < tiles; i++) {
         const int64_t from = lo + (hi - lo) * i / tiles, to = lo + (hi - lo) * (i + 1) / tiles;
         const uint8_t* ahead = bring && tiles > 1 && i < 2 ? panel + w.panel() + 64 * i : nullptr;

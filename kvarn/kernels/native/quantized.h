@@ -17,7 +17,8 @@
 namespace kvarn {
 
 constexpr int GROUP = 32;         // inputs that share a scale
-constexpr int QUANTISED_ROWS = 6; // rows multiplied at a time: 12 sums of integers, 12 of floats
+constexpr int QUANTISED_ROWS = 6; // rows multiplied at a time
+constexpr int WIDTH = HELD_COLUMNS < PANEL ? HELD_COLUMNS : PANEL;  // outputs, by WIDTH / LANES sums
 
 // A matrix as the kernels read it. `zero` is 128 for 8 bits.
 struct Codes {
@@ -36,17 +37,25 @@ struct Quantised {
     int32_t* total;  // [t, k / 32]
 };
 
-// One group of 32 activations to 8 bits.
-inline void quantise_group(Floats a, Floats b, int8_t* codes, float* scale, float* shift, int32_t* total) {
+// One group of activations to 8 bits.
+template <class T>
+inline void quantise_group(const T* x, int8_t* codes, float* scale, float* shift, int32_t* total) {
+    constexpr int vectors = GROUP / LANES;
     const Words magnitude = Words{} + 0x7fffffffu;
-    const float top = largest(larger((Floats)((Words)a & magnitude), (Floats)((Words)b & magnitude)));
-    const float step = top / 127.0f, inverse = top > 0 ? 127.0f / top : 0.0f;
+    Floats wide[vectors], most = {};
+    for (int j = 0; j < vectors; j++) {
+        wide[j] = Lane<T>::get(x + j * LANES);
+        most = larger(most, (Floats)((Words)wide[j] & magnitude));
+    }
+    const float top = largest(most), step = top / 127.0f, inverse = top > 0 ? 127.0f / top : 0.0f;
     const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-    const Ints low = (Ints)fma(a, splat(inverse), magic) - (Ints)magic;
-    const Ints high = (Ints)fma(b, splat(inverse), magic) - (Ints)magic;
-    store(codes, __builtin_convertvector(low, Bytes));
-    store(codes + 16, __builtin_convertvector(high, Bytes));
-    const float added = sum(to_float(low + high));
+    Ints all = {};
+    for (int j = 0; j < vectors; j++) {
+        const Ints code = (Ints)fma(wide[j], splat(inverse), magic) - (Ints)magic;
+        store(codes + j * LANES, __builtin_convertvector(code, Bytes));
+        all += code;
+    }
+    const float added = sum(to_float(all));
     *scale = step;
     *shift = step * added;
     *total = (int32_t)added;
@@ -56,8 +65,7 @@ template <class T>
 void quantise_row(const T* x, int64_t k, int64_t row, const Quantised& to) {
     const int64_t groups = k / GROUP;
     for (int64_t g = 0; g < groups; g++)
-        quantise_group(Lane<T>::get(x + g * GROUP), Lane<T>::get(x + g * GROUP + 16),
-                       to.codes + row * k + g * GROUP, to.scale + row * groups + g,
+        quantise_group(x + g * GROUP, to.codes + row * k + g * GROUP, to.scale + row * groups + g,
                        to.shift + row * groups + g, to.total + row * groups + g);
 }
 

@@ -1,21 +1,34 @@
-// Sixteen lanes of 32 bits, in the compiler's own vector types: one source for AVX-512, AVX2 and NEON.
+// Lanes of 32 bits, as many as a register has, in the compiler's own vector types: one source for AVX-512,
+// AVX2 and NEON. Wider vectors would be kept in memory.
 // A bf16 matrix is handled as dwords of two neighbours along the summed dimension, so that fp32 and bf16
 // run through the same loops: `mac` is a fused multiply-add on one, a dot product of pairs on the other.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 namespace kvarn {
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef int8_t Bytes __attribute__((vector_size(16)));
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define KVARN_AVX2
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+// Sums of a product that are held in registers at a time: rows, and columns.
+constexpr int HELD_ROWS = LANES == 16 ? 12 : 6, HELD_COLUMNS = LANES == 16 ? 64 : 16;
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
 
 struct bf16 {
     uint16_t bits;
@@ -38,6 +51,8 @@ inline Floats splat(float x) { return Floats{} + x; }
 inline Floats fma(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(KVARN_AVX2)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
     return a * b + c;
 #endif
@@ -49,30 +64,29 @@ inline Floats select(Ints mask, Floats yes, Floats no) {
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
-// Lanes moved by 8, 4, 2 and 1: sums and maxima run in this fixed tree, whatever the compiler.
-template <int N>
-inline Floats turned(Floats v);
-#define KVARN_TURN(n, ...) \
-    template <>            \
-    inline Floats turned<n>(Floats v) { return __builtin_shufflevector(v, v, __VA_ARGS__); }
-KVARN_TURN(8, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)
-KVARN_TURN(4, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)
-KVARN_TURN(2, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
-KVARN_TURN(1, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)
-#undef KVARN_TURN
-
-inline float sum(Floats v) {
-    v = v + turned<8>(v);
-    v = v + turned<4>(v);
-    v = v + turned<2>(v);
-    return (v + turned<1>(v))[0];
+// Lanes moved by half of them, a quarter, and so on: sums and maxima run in this fixed tree.
+template <int N, int... I>
+inline Floats turned(Floats v, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(v, v, (I ^ N)...);
 }
 
+template <int N>
+inline Floats turned(Floats v) {
+    return turned<N>(v, std::make_integer_sequence<int, LANES>());
+}
+
+template <int N = LANES / 2>
+inline float sum(Floats v) {
+    v = v + turned<N>(v);
+    if constexpr (N > 1) return sum<N / 2>(v);
+    return v[0];
+}
+
+template <int N = LANES / 2>
 inline float largest(Floats v) {
-    v = larger(v, turned<8>(v));
-    v = larger(v, turned<4>(v));
-    v = larger(v, turned<2>(v));
-    return larger(v, turned<1>(v))[0];
+    v = larger(v, turned<N>(v));
+    if constexpr (N > 1) return largest<N / 2>(v);
+    return v[0];
 }
 
 inline Floats widen(Halves h) {
@@ -118,75 +132,28 @@ struct Lane<bf16> {
     }
 };
 
-#if !defined(__AVX512F__)
-// Vectors as wide as a register.
-struct Narrow {
-#if defined(__AVX2__) && defined(__FMA__)
-    static constexpr int LANES = 8;
-#else
-    static constexpr int LANES = 4;
-#endif
-    typedef float Floats __attribute__((vector_size(4 * LANES)));
-    typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-    typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-    typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-
-    static Floats fma(Floats a, Floats b, Floats c) {
-#if defined(__AVX2__) && defined(__FMA__)
-        return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-        return a * b + c;
-#endif
-    }
-
-    // `Lane<T>::mac`, of fewer lanes.
-    template <class T>
-    static Floats mac(Floats acc, Words a, Words b) {
-        if constexpr (Lane<T>::per_word == 1) return fma((Floats)a, (Floats)b, acc);
-        acc = fma((Floats)(a << 16), (Floats)(b << 16), acc);
-        return fma((Floats)(a & 0xffff0000u), (Floats)(b & 0xffff0000u), acc);
-    }
-
-    // acc + a0*b0 + .. + a3*b3 of the four bytes of each lane: a of BITS, without a sign, b from -127 to 127.
-    template <int BITS>
-    static Ints dot4(Ints acc, Words a, Words b) {
-#if defined(__AVX2__)
-        if constexpr (BITS == 8)  // by seven bits and the last: sums of two products fit 16 bits
-            acc += products(a & 0x80808080u, b) + products(a & 0x7f7f7f7fu, b);
-        else acc += products(a, b);
-#else
-        for (int byte = 0; byte < 4; byte++)
-            acc += (Ints)(a >> (8 * byte) & 0xff) * ((Ints)(b << (24 - 8 * byte)) >> 24);
-#endif
-        return acc;
-    }
-
-    static Floats from_half(Halves h) {
-        const Words wide = __builtin_convertvector(h, Words);
-        const Floats size = (Floats)((wide & 0x7fff) << 13) * 5.192296858534828e33f;  // 2^112
-        return (Floats)((Words)size | (wide & 0x8000) << 16);
-    }
-
-  private:
-#if defined(__AVX2__)
-    static Ints products(Words a, Words b) {
-        const __m256i pairs = _mm256_maddubs_epi16((__m256i)a, (__m256i)b);
-        return (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-    }
-#endif
-};
-#endif
-
 #if defined(__AVX512VNNI__)
 constexpr bool DOT4_IS_SHORT = true;  // one instruction
 #else
 constexpr bool DOT4_IS_SHORT = false;
 #endif
 
-// acc + a0*b0 + .. + a3*b3 of the four bytes of each lane: a without a sign, b with one.
+#if defined(KVARN_AVX2)
+inline Ints products(Words a, Words b) {
+    const __m256i pairs = _mm256_maddubs_epi16((__m256i)a, (__m256i)b);
+    return (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+#endif
+
+// acc + a0*b0 + .. + a3*b3 of the four bytes of each lane: a of BITS, without a sign, b from -127 to 127.
+template <int BITS>
 inline Ints dot4(Ints acc, Words a, Words b) {
 #if defined(__AVX512VNNI__)
     return (Ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+#elif defined(KVARN_AVX2)
+    if constexpr (BITS < 8) return acc + products(a, b);
+    // the last bit apart: sums of two products fit 16 bits
+    return acc + products(a & 0x7f7f7f7fu, b) + products(a & 0x80808080u, b);
 #else
     for (int byte = 0; byte < 4; byte++)
         acc += (Ints)(a >> (8 * byte) & 0xff) * ((Ints)(b << (24 - 8 * byte)) >> 24);
@@ -198,6 +165,8 @@ inline Ints dot4(Ints acc, Words a, Words b) {
 inline Floats from_half(Halves h) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_cvtph_ps((__m256i)h);
+#elif defined(KVARN_AVX2)
+    return (Floats)_mm256_cvtph_ps((__m128i)h);
 #else
     const Words wide = __builtin_convertvector(h, Words);
     const Floats size = (Floats)((wide & 0x7fff) << 13) * 5.192296858534828e33f;  // 2^112
@@ -207,17 +176,17 @@ inline Floats from_half(Halves h) {
 
 inline Floats to_float(Ints v) { return __builtin_convertvector(v, Floats); }
 
-// The first n < 16 elements, the rest zero.
+// The first n < LANES elements, the rest zero.
 template <class T>
 inline Floats get_some(const T* p, int n) {
-    T part[16] = {};
+    T part[LANES] = {};
     std::memcpy(part, p, n * sizeof(T));
     return Lane<T>::get(part);
 }
 
 template <class T>
 inline void put_some(T* p, Floats v, int n) {
-    T part[16];
+    T part[LANES];
     Lane<T>::put(part, v);
     std::memcpy(p, part, n * sizeof(T));
 }
@@ -255,69 +224,48 @@ inline Floats tanh(Floats x) {
     return select(sq < splat(0.04f), small, wide);
 }
 
-// acc[M][N] += A[M][k] B[k][N * 16], k in words. Every element is summed in order of k by one chain, so
+// The part of `multiply` from `row` and `column` on, as large as registers can hold.
+template <class T, int ROWS, int COLUMNS, bool AHEAD, int M, int N>
+inline void multiply_held(Floats (&acc)[M][N], int row, int column, const uint32_t* const (&a)[M],
+                          const uint32_t* b, int64_t b_stride, int64_t k, const uint32_t* ahead) {
+    Floats sums[ROWS][COLUMNS];
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < COLUMNS; j++) sums[i][j] = acc[row + i][column + j];
+    for (int64_t p = 0; p < k; p++) {
+        if (AHEAD) __builtin_prefetch(ahead + p * 32, 0, 2);
+        Words held[COLUMNS];
+#pragma GCC unroll 8
+        for (int j = 0; j < COLUMNS; j++) held[j] = load<Words>(b + p * b_stride + (column + j) * LANES);
+#pragma GCC unroll 16
+        for (int i = 0; i < ROWS; i++) {
+            const Words factor = Words{} + a[row + i][p];
+#pragma GCC unroll 8
+            for (int j = 0; j < COLUMNS; j++) sums[i][j] = Lane<T>::mac(sums[i][j], factor, held[j]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < COLUMNS; j++) acc[row + i][column + j] = sums[i][j];
+}
+
+// acc[M][N] += A[M][k] B[k][N * LANES], k in words. Every element is summed in order of k by one chain, so
 // the result for a row does not depend on M. `ahead`, where given, is brought into the cache on the way,
 // every second line of 64 bytes of it.
-#if defined(__AVX512F__)
 template <class T, int M, int N, bool AHEAD = false>
 inline void multiply(Floats (&acc)[M][N], const uint32_t* const (&a)[M], const uint32_t* b,
                      int64_t b_stride, int64_t k, const uint32_t* ahead = nullptr) {
-    for (int64_t p = 0; p < k; p++) {
-        if (AHEAD) __builtin_prefetch(ahead + p * 32, 0, 2);
-        Words column[N];
-#pragma GCC unroll 8
-        for (int j = 0; j < N; j++) column[j] = load<Words>(b + p * b_stride + j * 16);
-#pragma GCC unroll 16
-        for (int i = 0; i < M; i++) {
-            Words row = Words{} + a[i][p];
-#pragma GCC unroll 8
-            for (int j = 0; j < N; j++) acc[i][j] = Lane<T>::mac(acc[i][j], row, column[j]);
-        }
-    }
+    constexpr int rows = M < HELD_ROWS ? M : HELD_ROWS;
+    constexpr int columns = N * LANES < HELD_COLUMNS ? N : HELD_COLUMNS / LANES;
+    static_assert(N % columns == 0 && M <= 2 * HELD_ROWS);
+    multiply_held<T, rows, columns, AHEAD>(acc, 0, 0, a, b, b_stride, k, ahead);
+    for (int j = columns; j < N; j += columns)
+        multiply_held<T, rows, columns, false>(acc, 0, j, a, b, b_stride, k, nullptr);
+    if constexpr (M > rows)
+        for (int j = 0; j < N; j += columns)
+            multiply_held<T, M - rows, columns, false>(acc, rows, j, a, b, b_stride, k, nullptr);
 }
-#else
-// Compilers keep vectors that are wider than a register in memory. So here sums are held in registers as
-// wide as they are: six rows by sixteen columns at a time, which sixteen registers of eight lanes hold.
-constexpr int HELD = 6;
-
-template <class T, int M, bool AHEAD>
-inline void multiply_held(float* const (&acc)[M], const uint32_t* const* a, const uint32_t* b,
-                          int64_t b_stride, int64_t k, const uint32_t* ahead) {
-    constexpr int PARTS = 16 / Narrow::LANES;
-    Narrow::Floats sums[M][PARTS];
-    for (int i = 0; i < M; i++)
-        for (int c = 0; c < PARTS; c++) sums[i][c] = load<Narrow::Floats>(acc[i] + c * Narrow::LANES);
-    for (int64_t p = 0; p < k; p++) {
-        if (AHEAD) __builtin_prefetch(ahead + p * 32, 0, 2);
-        Narrow::Words column[PARTS];
-#pragma GCC unroll 4
-        for (int c = 0; c < PARTS; c++)
-            column[c] = load<Narrow::Words>(b + p * b_stride + c * Narrow::LANES);
-#pragma GCC unroll 8
-        for (int i = 0; i < M; i++) {
-            const Narrow::Words row = Narrow::Words{} + a[i][p];
-#pragma GCC unroll 4
-            for (int c = 0; c < PARTS; c++) sums[i][c] = Narrow::mac<T>(sums[i][c], row, column[c]);
-        }
-    }
-    for (int i = 0; i < M; i++)
-        for (int c = 0; c < PARTS; c++) store(acc[i] + c * Narrow::LANES, sums[i][c]);
-}
-
-template <class T, int M, int N, bool AHEAD = false, int FROM = 0>
-inline void multiply(Floats (&acc)[M][N], const uint32_t* const (&a)[M], const uint32_t* b,
-                     int64_t b_stride, int64_t k, const uint32_t* ahead = nullptr) {
-    constexpr int some = M - FROM < HELD ? M - FROM : HELD;
-    for (int j = 0; j < N; j++) {
-        float* sums[some];
-        for (int i = 0; i < some; i++) sums[i] = (float*)&acc[FROM + i][j];
-        if (AHEAD && FROM == 0 && j == 0)
-            multiply_held<T, some, true>(sums, a + FROM, b, b_stride, k, ahead);
-        else multiply_held<T, some, false>(sums, a + FROM, b + j * 16, b_stride, k, nullptr);
-    }
-    if constexpr (FROM + some < M)
-        multiply<T, M, N, AHEAD, FROM + some>(acc, a, b, b_stride, k, ahead);
-}
-#endif
 
 }  // namespace kvarn
