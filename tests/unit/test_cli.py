@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import pytest
 
-from kvarn import cli, cli_chat
+from kvarn import __version__, cli, cli_chat
 from kvarn.cli_options import takes
 from kvarn.core.config import EngineConfig, resolve
 from kvarn.core.errors import ConfigError, RequestError
@@ -92,6 +92,12 @@ def llms(monkeypatch):
     monkeypatch.setattr(FakeLLM, "made", [])
     monkeypatch.setattr(FakeLLM, "interrupt", False)
     return FakeLLM.made
+
+
+def test_the_package_runs_as_the_program():
+    command = [sys.executable, "-m", "kvarn", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip().endswith(__version__)
 
 
 def test_version_and_help(capsys):

@@ -2,9 +2,9 @@
 
 `library()` is the loaded library, or None where there is no compiler, the build fails or
 `KVARN_NATIVE=off` is set; `reason()` says which and `status()` what is in force. Every caller has a
-form in plain torch for that case. The sources next to this file use the compiler's vector types, so
-that they run on any CPU; AVX-512, its bf16 products and those of bytes are used where the machine has
-them, or else AVX2.
+form in plain torch for that case. The sources next to this file use the compiler's vector types, as
+wide as a register, so that they run on any CPU; instructions of AVX-512 for products of bf16 and of
+bytes, or of AVX2, are used where the machine has them.
 
 The library is called through its C interface with addresses and sizes. It shares torch's OpenMP
 runtime, and so `torch.set_num_threads` holds for it too.
