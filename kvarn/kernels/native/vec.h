@@ -2,6 +2,7 @@
 // AVX2 and NEON. Wider vectors would be kept in memory.
 // A bf16 matrix is handled as dwords of two neighbours along the summed dimension, so that fp32 and bf16
 // run through the same loops: `mac` is a fused multiply-add on one, a dot product of pairs on the other.
+// Where there is no such product, several rows are widened to floats first, a block of words at a time.
 #pragma once
 
 #include <cstdint>
@@ -46,7 +47,7 @@ inline void store(P* to, V v) {
     std::memcpy(to, &v, sizeof v);
 }
 
-inline Floats splat(float x) { return Floats{} + x; }
+inline Floats splat(float x) { return x - Floats{}; }  // no sum: that would be computed, for -0
 
 inline Floats fma(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
@@ -112,6 +113,7 @@ struct Lane;
 template <>
 struct Lane<float> {
     static constexpr int per_word = 1;
+    static constexpr bool paired = true;
     static Floats get(const float* p) { return load<Floats>(p); }
     static void put(float* p, Floats v) { store(p, v); }
     static Floats mac(Floats acc, Words a, Words b) { return fma((Floats)a, (Floats)b, acc); }
@@ -120,6 +122,11 @@ struct Lane<float> {
 template <>
 struct Lane<bf16> {
     static constexpr int per_word = 2;
+#if defined(__AVX512BF16__)
+    static constexpr bool paired = true;  // a word is one operand
+#else
+    static constexpr bool paired = false;
+#endif
     static Floats get(const bf16* p) { return widen(load<Halves>(p)); }
     static void put(bf16* p, Floats v) { store(p, narrow(v)); }
     static Floats mac(Floats acc, Words a, Words b) {
@@ -224,25 +231,60 @@ inline Floats tanh(Floats x) {
     return select(sq < splat(0.04f), small, wide);
 }
 
+constexpr int64_t BLOCK = 256;  // words of a row that are widened at a time
+
+// floats[2 n] = the n words of a row
+inline void widen_words(const uint32_t* words, int64_t n, float* floats) {
+    const bf16* from = (const bf16*)words;
+    int64_t i = 0;
+    for (; i + LANES <= 2 * n; i += LANES) store(floats + i, Lane<bf16>::get(from + i));
+    if (i < 2 * n) store(floats + i, get_some(from + i, (int)(2 * n - i)));
+}
+
 // The part of `multiply` from `row` and `column` on, as large as registers can hold.
 template <class T, int ROWS, int COLUMNS, bool AHEAD, int M, int N>
 inline void multiply_held(Floats (&acc)[M][N], int row, int column, const uint32_t* const (&a)[M],
                           const uint32_t* b, int64_t b_stride, int64_t k, const uint32_t* ahead) {
+    constexpr bool widened = !Lane<T>::paired && ROWS > 4;  // else it is not worth its time
     Floats sums[ROWS][COLUMNS];
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 8
         for (int j = 0; j < COLUMNS; j++) sums[i][j] = acc[row + i][column + j];
-    for (int64_t p = 0; p < k; p++) {
-        if (AHEAD) __builtin_prefetch(ahead + p * 32, 0, 2);
-        Words held[COLUMNS];
+    const int64_t block = widened ? BLOCK : k;
+    for (int64_t first = 0; first < k; first += block) {
+        const int64_t end = first + block < k ? first + block : k;
+        float floats[ROWS][widened ? 2 * BLOCK + LANES : 1];
+        if constexpr (widened)
+            for (int i = 0; i < ROWS; i++) widen_words(a[row + i] + first, end - first, floats[i]);
+        for (int64_t p = first; p < end; p++) {
+            if (AHEAD) __builtin_prefetch(ahead + p * 32, 0, 2);
+            Words held[COLUMNS];
 #pragma GCC unroll 8
-        for (int j = 0; j < COLUMNS; j++) held[j] = load<Words>(b + p * b_stride + (column + j) * LANES);
+            for (int j = 0; j < COLUMNS; j++)
+                held[j] = load<Words>(b + p * b_stride + (column + j) * LANES);
+            if constexpr (widened) {
+                const int64_t at = 2 * (p - first);
 #pragma GCC unroll 16
-        for (int i = 0; i < ROWS; i++) {
-            const Words factor = Words{} + a[row + i][p];
+                for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 8
-            for (int j = 0; j < COLUMNS; j++) sums[i][j] = Lane<T>::mac(sums[i][j], factor, held[j]);
+                    for (int j = 0; j < COLUMNS; j++)
+                        sums[i][j] = fma(splat(floats[i][at]), (Floats)(held[j] << 16), sums[i][j]);
+#pragma GCC unroll 16
+                for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 8
+                    for (int j = 0; j < COLUMNS; j++)
+                        sums[i][j] = fma(splat(floats[i][at + 1]), (Floats)(held[j] & 0xffff0000u),
+                                         sums[i][j]);
+            } else {
+#pragma GCC unroll 16
+                for (int i = 0; i < ROWS; i++) {
+                    const Words factor = Words{} + a[row + i][p];
+#pragma GCC unroll 8
+                    for (int j = 0; j < COLUMNS; j++)
+                        sums[i][j] = Lane<T>::mac(sums[i][j], factor, held[j]);
+                }
+            }
         }
     }
 #pragma GCC unroll 16
