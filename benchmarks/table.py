@@ -72,7 +72,8 @@ def page(results: dict[str, dict[str, Any]]) -> str:
             lines += [f"## {title}", ""]
         for name, found in sorted(chosen.items()):
             device = found["device"]
-            where = ", ".join([device["cpu"], f"{device['cores']} cores", *device["gpus"]])
+            parts = [device["cpu"], f"{device['cores']} cores", device.get("vectors")]
+            where = ", ".join([*filter(None, parts), *device["gpus"]])
             commit = found["git_commit"] or "no commit"
             commit = commit[:10] + ("+" if commit.endswith("+") else "")
             lines += [*section(found), "", f"*{where}; {found['date']}, {commit}; `{name}`*", ""]

@@ -39,6 +39,8 @@ def device() -> dict[str, Any]:
         "gpus": [],
     }
     torch = sys.modules.get("torch")
+    if torch is not None:
+        found["vectors"] = torch.backends.cpu.get_cpu_capability()  # names hide it: AVX2, AVX512
     if torch is not None and torch.cuda.is_available():
         count = torch.cuda.device_count()
         found["gpus"] = [torch.cuda.get_device_name(i) for i in range(count)]
