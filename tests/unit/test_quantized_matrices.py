@@ -167,6 +167,23 @@ def _runs(kind: str) -> bool:
     return form_of(to_int8(weight) if kind == "int8" else to_int4(weight)) is not None
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_sums_of_the_largest_products_are_exact(bits: int, rows: int) -> None:
+    """Codes at both ends of their range, activations likewise: no sum on the way may saturate."""
+    if not _runs(f"int{bits}"):
+        pytest.skip(f"nothing here multiplies by int{bits}")
+    ends = [0, 15] if bits == 4 else [-128, 127]
+    generator = torch.Generator().manual_seed(bits)
+    which = torch.randint(0, 2, (64, 96), generator=generator)
+    which[:3] = torch.tensor([0, 1, 1])[:, None]  # whole rows of one end, with either sign of x
+    codes = torch.tensor(ends)[which].to(torch.uint8 if bits == 4 else torch.int8)
+    weight = Affine(codes, torch.ones(64, 3), None, bits, 32)
+    x = 127.0 * (1.0 - 2.0 * torch.randint(0, 2, (rows, 96), generator=generator))
+    x[0] = 127.0
+    assert torch.equal(make_linear(weight).wide(x), x @ codes.float().T)
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
 def test_random_weights_of_every_kind(kind: Any) -> None:
     weights = RandomWeights(0, 0.0, torch.bfloat16, CPU, kind)

@@ -83,7 +83,7 @@ inline void quantised_held(const Codes& w, const uint8_t* panel, const Quantised
             codes[i] = (const uint32_t*)(x.codes + (row + i) * w.k + g * GROUP);
 #pragma GCC unroll 4
             for (int j = 0; j < SUMS; j++)
-                sums[i][j] = Ints{} - (int32_t)w.zero * x.total[(row + i) * groups + g];
+                sums[i][j] = Ints{} - ((int32_t)w.zero - LESS<BITS>) * x.total[(row + i) * groups + g];
         }
         block_sums<M, BITS>(sums, codes, panel + at * 4);
         const uint16_t* factors = (const uint16_t*)(panel + GROUP / 8 * BITS * PANEL) + at;
