@@ -200,7 +200,8 @@ def test_what_cannot_draft_or_verify_trees_is_refused(
 
 TALKS: dict[str, SamplingParams] = {
     "stop strings": SamplingParams(temperature=0.0, max_tokens=20, stop=(" mill", "\n2", "Two")),
-    "stopped, sampled": SamplingParams(seed=4, max_tokens=20, stop=("the", "."), n=2),
+    # top_k: among tokens of a chance of 1e-6 each, last bits of the logits say which is drawn
+    "stopped, sampled": SamplingParams(seed=4, top_k=20, max_tokens=20, stop=("the", "."), n=2),
     "json": SamplingParams(
         temperature=0.0, max_tokens=20,
         grammar=Grammar(
