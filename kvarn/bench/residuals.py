@@ -3,7 +3,7 @@
 Two kinds of file are read, told apart by their keys: `steps` (errors of single steps by regime, of
 benchmarks/validate_engine.py) and `points` (predicted and measured TTFT and TPOT, of
 benchmarks/validate_sim.py). Decode attention is as wrong as decode-only steps (TPOT), prefill
-attention as prefill-only ones (TTFT; mixed steps where a run had none), and the terms of both as
+attention as prefill-only ones (TTFT; mixed steps where a run had few), and the terms of both as
 all together.
 """
 
@@ -23,6 +23,7 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 PUBLISHED = {"h100": "sim_h100.json", "h200": "sim_h200.json", "cpu": "sim_cpu.json"}
 OTHERS = "sim_validation.json"
 WIDEST = 3.0  #: log-deviations are looked for up to here
+FEW = 20  #: steps of a kind that say nothing of others
 
 
 @dataclass(slots=True)
@@ -55,7 +56,11 @@ def read(path: str | None, device: str = "") -> Residuals:
 def of_steps(steps: dict[str, Any], name: str) -> dict[str, float]:
     """Log-deviations out of the mean absolute errors by regime, bias included."""
     try:
-        mapes = {kind: one["mape"] for kind, one in steps.items()}
+        mapes = {
+            kind: one["mape"]
+            for kind, one in steps.items()
+            if kind == "all" or one.get("n", FEW) >= FEW
+        }
         known = {
             term: next(mapes[kind] for kind in (*_REGIMES.get(term, ()), "all") if kind in mapes)
             for term in TERMS

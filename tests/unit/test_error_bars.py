@@ -145,6 +145,12 @@ def test_steps_give_sigmas_by_regime(validation):
     assert found.source == "t2.json of 20260101-000000: errors of single steps"
 
 
+def test_a_handful_of_steps_says_nothing_of_others():
+    steps = {"all": {"n": 900, "mape": 0.04}, "mixed": {"n": 90, "mape": 0.08}}
+    found = residuals.of_steps(steps | {"prefill-only": {"n": 1, "mape": 0.5}}, "t2.json")
+    assert found["prefill"] == residuals.sigma_of(0.08)
+
+
 def test_without_a_file_the_device_decides_which_validation_counts():
     for device, file in (("H100", "sim_h100"), ("CPU", "sim_cpu"), ("L40S", "sim_validation")):
         assert residuals.read(None, device).source.startswith(f"{file}.json of ")
