@@ -9,22 +9,34 @@ The time of a size is the mean of the middle half of its last few, so that a ste
 captured something does not count; what was seen once only is not believed. Sizes are taken together
 in classes of an eighth. Where a class has not been seen, its time lies between those of its
 neighbours; beyond them it follows the line through the first and the last, and never falls.
+
+A draft's time is kept by its length, and for each by the sequences drafted for: a model makes one
+pass for each token, and that takes several sequences hardly longer than one. Of a length that was
+not seen it is that of the nearest one, in proportion.
+
+What the proposer reads of a sequence, a prompt at first, it reads once: where it is much, a draft's
+time beyond what others took is the time to read, at the median rate of the last few.
 """
 
 from bisect import bisect_left, insort
 from collections import deque
+from statistics import median
 
 LAST = 32  #: times of a size that count: contexts grow, but steps vary by a tenth and more
 FINE = 8  #: classes from one power of two to the next
+MUCH = 16  #: tokens read for each sequence, more than what a draft reads anyway
+READS = 9  #: the last ones, whose rate counts; what was seen once only is not believed
 NEAR, APART = 1.25, 2.0  #: a size is known up to so far above the largest seen, below the least
 
 
 class Measured:
-    """Seconds by size; a step's size is its rows, a draft's its tokens."""
+    """Seconds by size; a step's size is its rows, a draft's its sequences."""
 
     def __init__(self) -> None:
-        self._plain, self._verifying, self._drafts = _Curve(), _Curve(), _Curve()
+        self._plain, self._verifying = _Curve(), _Curve()
+        self._drafts: dict[int, _Curve] = {}  # by tokens of the longest
         self._back, self._looks = _Curve(), _Curve()
+        self._reads = deque[float](maxlen=READS)  # seconds a token
         self._ahead = False  # the last step was plain: the next one was planned while it ran
 
     def saw_plain(self, rows: int, seconds: float, ahead: bool = True) -> None:
@@ -44,9 +56,14 @@ class Measured:
         """A step whose time says nothing, with prompts in it."""
         self._ahead = ahead
 
-    def saw_draft(self, tokens: int, seconds: float) -> None:
-        """Drafting `tokens` in all took so long."""
-        self._drafts.add(tokens, seconds)
+    def saw_draft(self, seqs: int, most: int, seconds: float, read: int = 0) -> None:
+        """Drafting for so many sequences, at most so many tokens, took so long, in which so many of
+        the sequences' tokens were read; 0 sequences: nothing came of it."""
+        if read > MUCH * seqs:
+            usual = self.draft(seqs, most) if seqs else 0.0
+            self._reads.append(max(0.0, seconds - usual) / read)
+        elif seqs:
+            self._drafts.setdefault(most, _Curve()).add(seqs, seconds)
 
     def saw_look(self, seconds: float) -> None:
         """The length control was asked, and wants no drafts."""
@@ -66,7 +83,15 @@ class Measured:
 
     def draft(self, seqs: int, most: int) -> float:
         """Drafting up to `most` tokens for each of `seqs` sequences [s]; 0: nothing is known."""
-        return self._drafts.at(seqs * most)
+        seen = [length for length, curve in self._drafts.items() if curve.largest]
+        if not seen:
+            return 0.0
+        nearest = min(seen, key=lambda length: (abs(length - most), length))
+        return self._drafts[nearest].at(seqs) * most / nearest
+
+    def reading(self, tokens: int) -> float:
+        """Reading so many tokens [s]; 0: nothing is known."""
+        return tokens * median(self._reads) if len(self._reads) > 1 else 0.0
 
     def back(self) -> float:
         """What the first plain step after one with drafts costs more than others [s]."""

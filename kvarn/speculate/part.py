@@ -67,6 +67,10 @@ class Costs(Protocol):
         """Drafting up to `most` tokens for each of `seqs` sequences."""
         ...
 
+    def reading(self, tokens: int) -> float:
+        """What the proposer takes to read so many tokens of the sequences; 0: not known."""
+        ...
+
     def back(self) -> float:
         """What the first step without drafts after one with them costs more than others."""
         ...
@@ -88,6 +92,7 @@ class Round:
     room: list[int]  #: most tokens that each could still use, by its end and the step's budget
     others: int  #: positions of the coming step that belong to others (prompts, rows without draft)
     costs: Costs
+    behind: list[int] = field(default_factory=list)  #: `Proposer.behind` of each; []: 0
 
 
 class LengthControl(Protocol):
@@ -122,6 +127,13 @@ class Proposer(Protocol):
         """A draft for each ask, with at most `most` tokens; an empty one where it knows nothing.
 
         A proposer that drafts token by token asks `control.goes_on` after each.
+        """
+        ...
+
+    def behind(self, seq: Seq) -> int:
+        """Tokens of the sequence that it must read before it drafts for it.
+
+        A prompt, at first: what a round costs for that is no measure of the next.
         """
         ...
 

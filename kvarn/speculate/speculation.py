@@ -59,7 +59,8 @@ class Speculation:
                 others += seq.todo
         if not seqs:
             return {}
-        wanted = self.length.plan(Round(seqs, room, others, self.costs))
+        behind = [self.proposer.behind(seq) for seq in seqs]
+        wanted = self.length.plan(Round(seqs, room, others, self.costs, behind))
         found = dict[SeqId, int]()
         for seq, most, asked in zip(seqs, room, wanted, strict=True):
             count = min(asked, most, spare)
@@ -75,6 +76,7 @@ class Speculation:
             for seq in control.queues.running
             if seq.id in lengths and seq.todo == 1 and seq.goal > len(seq.tokens)
         ]
+        behind = self._behind(asks)
         began = self.clock()
         drafts = self.proposer.propose(asks, self.length) if asks else []
         self._drafting, self._asked = self.clock() - began, True
@@ -83,10 +85,14 @@ class Speculation:
             for ask, draft in zip(asks, drafts, strict=True)
             if draft.tokens
         }
-        tokens = sum(len(draft.tokens) for draft in self._drafts.values())
-        if tokens:
-            self.costs.saw_draft(tokens, self._drafting)
+        most = max((len(draft.tokens) for draft in self._drafts.values()), default=0)
+        read = behind - self._behind(asks)
+        self.costs.saw_draft(len(self._drafts), most, self._drafting, read)
         return self._drafts
+
+    def _behind(self, asks: list[Ask]) -> int:
+        """Tokens that the proposer has not read, of all of them."""
+        return sum(self.proposer.behind(ask.seq) for ask in asks)
 
     def observe(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
         """A step came back, `seconds` after the one before it, drafting included."""

@@ -23,6 +23,7 @@ class Stream:
     accepted: Sequence[bool]
     confidence: Sequence[float] = ()  #: empty: the proposer drafts whatever is asked
     width: int = 1  #: tokens a level of its drafts; 1: chains
+    prompt: int = 0  #: tokens that the proposer reads before it drafts
 
     @classmethod
     def of_runs(cls, runs: Iterable[int]) -> "Stream":
@@ -46,6 +47,7 @@ class Roofline:
     row: float = 0.01  #: computing one position [s]
     fixed: float = 0.05  #: launches, sampling [s]
     token: float = 0.0  #: one round of drafting one token for everybody [s]
+    prompt: float = 0.0  #: the proposer reads one token of a prompt [s]
 
     def step(self, rows: int) -> float:
         """A step of `rows` positions [s]."""
@@ -62,6 +64,10 @@ class Roofline:
     def draft(self, seqs: int, most: int) -> float:
         """Drafting up to `most` tokens for each [s]."""
         return self.token * most
+
+    def reading(self, tokens: int) -> float:
+        """Reading prompts [s]."""
+        return self.prompt * tokens
 
     def back(self) -> float:
         """Nothing."""
@@ -88,6 +94,7 @@ class Overlapped:
     verify: tuple[float, float] = (10.2e-3, 34e-6)  #: the same with drafts, the host's part too
     gap: float = 1.5e-3  #: what the host adds where a plan could not be made ahead [s]
     token: float = 0.0  #: drafting one token for everybody [s]
+    prompt: float = 0.0  #: the proposer reads one token of a prompt [s]
 
     def step(self, rows: int) -> float:
         """A plain step behind another one [s]."""
@@ -104,6 +111,10 @@ class Overlapped:
     def draft(self, seqs: int, most: int) -> float:
         """Drafting up to `most` tokens for each [s]."""
         return self.token * most
+
+    def reading(self, tokens: int) -> float:
+        """Reading prompts [s]."""
+        return self.prompt * tokens
 
     def back(self) -> float:
         """The first plain step is planned late too."""
@@ -204,6 +215,7 @@ class _Game:
         self.costs, self.played = costs, Played()
         self.playing = [(_sequence(), stream) for stream in streams]
         self.at = dict.fromkeys((seq.id for seq, _ in self.playing), 0)
+        self.unread = {seq.id: stream.prompt for seq, stream in self.playing}
         self.plain_before = True
 
     def round(self, ends: bool) -> None:
@@ -213,17 +225,18 @@ class _Game:
             _judged(seq.id, stream, self.at[seq.id], length, self.control)
             for (seq, stream), length in zip(self.playing, lengths, strict=True)
         ]
-        self._account(records, asked=any(lengths))
+        self._account(records, lengths)
         left = []
         for (seq, stream), record in zip(self.playing, records, strict=True):
             self.at[seq.id] += record.accepted + 1
+            seq.tokens += [0] * (record.accepted + 1)
             if self.at[seq.id] < len(stream.accepted):
                 left.append((seq, stream))
                 continue
             self.control.forget(seq.id)
             if not ends:
                 fresh = _sequence()
-                self.at[fresh.id] = 0
+                self.at[fresh.id], self.unread[fresh.id] = 0, stream.prompt
                 left.append((fresh, stream))
         self.playing = left
 
@@ -238,24 +251,30 @@ class _Game:
         if self.control.rests() or not can:
             return lengths
         seqs, others = [self.playing[i][0] for i in can], len(room) - len(can)
-        asked = self.control.plan(Round(seqs, [room[i] for i in can], others, self.costs))
+        behind = [self.unread[seq.id] for seq in seqs]
+        asked = self.control.plan(Round(seqs, [room[i] for i in can], others, self.costs, behind))
         for i, count in zip(can, asked, strict=True):
             lengths[i] = min(count, room[i])
         return lengths
 
-    def _account(self, records: list[Verified], asked: bool) -> None:
+    def _account(self, records: list[Verified], lengths: list[int]) -> None:
         """Time of the round, and what the control is told of it."""
-        times, costs, played = self.times, self.costs, self.played
+        times, costs, played, asked = self.times, self.costs, self.played, any(lengths)
         drafted = sum(one.drafted for one in records)
         rows, longest = len(records) + drafted, max(one.drafted for one in records)
         late = times.back() if asked or not self.plain_before else 0.0
         step = times.verifying(rows) if drafted else times.step(rows) + late
-        draft = times.draft(sum(1 for one in records if one.drafted), longest) if drafted else 0.0
+        some, read = sum(1 for one in records if one.drafted), 0
+        draft = times.draft(some, longest)
+        for (seq, _), count in zip(self.playing, lengths, strict=True):
+            if count:
+                read, self.unread[seq.id] = read + self.unread[seq.id], 0
+        draft += times.reading(read)
         if self.noise is not None:
             step, draft = self.noise(step), self.noise(draft)
         if drafted:
             costs.saw_verifying(rows, step)
-            costs.saw_draft(drafted, draft)
+            costs.saw_draft(some, longest, draft, read)
         else:
             costs.saw_plain(rows, step, ahead=not asked)
         if asked:

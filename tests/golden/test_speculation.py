@@ -50,6 +50,9 @@ class Foresight:
         wrong = [t if self.chance.random() > self.errs else (t + 1) % 97 for t in coming]
         return Draft(wrong, None, [0.5] * len(wrong))
 
+    def behind(self, seq: Seq) -> int:
+        return 0
+
     def observe(self, records: Sequence[Verified]) -> None:
         pass
 
@@ -125,3 +128,22 @@ def test_a_drafting_model(
     assert proposer.kv.check_integrity([]) == []
     assert proposer.kv.held(0) == 0
     assert engine.control.check_integrity() == []
+
+
+def test_what_a_drafting_model_has_to_read(tiny_folder: Any, wanted: Any) -> None:
+    """A whole sequence at first; then what came since its last draft."""
+    engine = make_engine(
+        tiny_folder("llama"), speculate="draft", draft_length="fixed", draft_tokens=4,
+        draft_model=tiny_folder("mistral"),
+    )  # fmt: skip
+    assert engine.speculation is not None
+    proposer, (request, *_) = engine.speculation.proposer, wanted["llama"][0]
+    engine.add(request)
+    (seq,) = engine.control.queues.waiting
+    assert proposer.behind(seq) == len(request.prompt)
+    engine.step()
+    assert proposer.behind(seq) == len(request.prompt) + 1
+    while engine.has_work:
+        engine.step()
+        assert proposer.behind(seq) <= 6 or not engine.has_work
+    assert proposer.behind(seq) == len(seq.tokens)

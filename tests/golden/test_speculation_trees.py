@@ -56,6 +56,9 @@ class Branches:
         self.trees += is_tree(draft)
         return draft
 
+    def behind(self, seq: Seq) -> int:
+        return 0
+
     def observe(self, records: Sequence[Verified]) -> None:
         pass
 
@@ -212,6 +215,9 @@ class Drawing:
             rows += [q] * len(mine)
             parent = first
         return Draft(tokens, None if self.width == 1 else parents, [0.5] * most, torch.stack(rows))
+
+    def behind(self, seq: Seq) -> int:
+        return 0
 
     def observe(self, records: Sequence[Verified]) -> None:
         pass

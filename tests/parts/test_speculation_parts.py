@@ -36,7 +36,7 @@ def test_lengths_stay_within_the_room(name: str) -> None:
         rows = n + sum(lengths)
         costs.saw_verifying(rows, 0.01 + 0.0001 * rows)
         if sum(lengths):
-            costs.saw_draft(sum(lengths), 0.001)
+            costs.saw_draft(n, max(lengths), 0.001, chance.randint(0, 99))
             records = [
                 Verified(i, k, chance.randint(0, k), [0.5] * k) for i, k in enumerate(lengths)
             ]

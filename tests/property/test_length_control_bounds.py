@@ -32,6 +32,9 @@ class Times:
     def draft(self, seqs: int, most: int) -> float:
         return self.token * most
 
+    def reading(self, tokens: int) -> float:
+        return self.token * tokens
+
     def back(self) -> float:
         return self.token
 
@@ -70,7 +73,8 @@ def test_lengths_fit_and_ends_are_forgotten(
         if control.rests():
             continue
         seqs = [Seq(i, Request(str(i), [0]), 0, [0], 99, (0, i)) for i in room]
-        lengths = control.plan(Round(seqs, list(room.values()), others, times))
+        behind = [seq.id * others for seq in seqs]
+        lengths = control.plan(Round(seqs, list(room.values()), others, times, behind))
         assert len(lengths) == len(seqs)
         assert all(0 <= k <= most for k, most in zip(lengths, room.values(), strict=True))
         seen |= set(room)

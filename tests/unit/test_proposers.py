@@ -221,6 +221,9 @@ class Sure:
     def propose(self, asks: Sequence[Ask], control: Any) -> list[Draft]:
         return [Draft([self.token], None, [self.sure.get(ask.seq.id, 0.5)]) for ask in asks]
 
+    def behind(self, seq: Seq) -> int:
+        return self.token
+
     def observe(self, records: Sequence[Verified]) -> None:
         self.seen = [record.seq for record in records]
 
@@ -253,8 +256,24 @@ def test_mix_takes_the_draft_that_expects_more(
         for seq in other.seen:
             typical += WEIGHT * (round_[seq][1] - typical)
         assert mix.typical == typical
+    assert mix.behind(sequence(2, [1])) == 8
     mix.forget(sequence(2, [1]))
     assert free.forgotten == other.forgotten == [2]
+
+
+@pytest.mark.parametrize("proposer", [NGram(), Suffix(catch_up=40)], ids=("ngram", "suffix"))
+def test_what_is_to_be_read_of_a_sequence(proposer: Any) -> None:
+    """All of it at first; a suffix tree reads a long prompt in several rounds."""
+    seq = sequence(1, list(range(50)))
+    assert proposer.behind(seq) == 50
+    proposer.propose([Ask(seq, 4)], GO)
+    assert proposer.behind(seq) == (1 if isinstance(proposer, NGram) else 10)
+    proposer.propose([Ask(seq, 4)], GO)
+    assert proposer.behind(seq) <= 1
+    seq.tokens += [7, 8]
+    assert 2 <= proposer.behind(seq) <= 3
+    proposer.forget(seq)
+    assert proposer.behind(seq) == 52
 
 
 def test_mix_takes_what_there_is_where_the_other_is_behind() -> None:

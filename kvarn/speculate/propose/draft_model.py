@@ -130,6 +130,12 @@ class DraftModel(Part):
             self._go_on(drafts, control)
         return [drafts[ask.seq.id].draft if ask.seq.id in drafts else Draft() for ask in asks]
 
+    def behind(self, seq: Seq) -> int:
+        """Tokens without KV; of a prompt all, though its beginning may lie in the prefix index."""
+        follower = self._followers.get(seq.id)
+        known = 0 if follower is None else min(follower.seq.computed, follower.known)
+        return len(seq.tokens) - known
+
     def observe(self, records: Sequence[Verified]) -> None:
         """Nothing to learn: the next round compares the tokens themselves."""
 

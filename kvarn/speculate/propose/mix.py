@@ -47,6 +47,10 @@ class Mix(Part):
                     self._from_free.add(asks[i].seq.id)
         return drafts
 
+    def behind(self, seq: Seq) -> int:
+        """Of the one that has more to read."""
+        return max(self.free.behind(seq), self.other.behind(seq))
+
     def observe(self, records: Sequence[Verified]) -> None:
         """Each proposer learns of its own drafts."""
         mine = [record for record in records if record.seq in self._from_free]

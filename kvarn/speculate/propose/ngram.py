@@ -52,6 +52,11 @@ class NGram(Part):
         """The tokens after the latest earlier match; empty where there is none."""
         return [self._draft(ask, control) for ask in asks]
 
+    def behind(self, seq: Seq) -> int:
+        """Tokens that are not in its index."""
+        index = self._indexes.get(seq.id)
+        return len(seq.tokens) - (index.known if index is not None else 0)
+
     def observe(self, records: Sequence[Verified]) -> None:
         """Count the tokens tried, up to the first that was refused, by the length of match."""
         for record in records:

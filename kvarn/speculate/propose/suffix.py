@@ -107,6 +107,11 @@ class Suffix(Part):
         requests = [self._read(ask.seq) for ask in asks]
         return [self._draft(*pair, control) for pair in zip(asks, requests, strict=True)]
 
+    def behind(self, seq: Seq) -> int:
+        """Tokens that are not in its own tree."""
+        request = self._requests.get(seq.id)
+        return len(seq.tokens) - (request.read if request is not None else 0)
+
     def observe(self, records: Sequence[Verified]) -> None:
         """Nothing to learn: the counts say it all."""
 

@@ -32,6 +32,10 @@ class Synthetic(Part):
             draft.confidence.append(self.acceptance)
         return draft
 
+    def behind(self, seq: Seq) -> int:
+        """It reads nothing."""
+        return 0
+
     def observe(self, records: Sequence[Verified]) -> None:
         """Nothing to learn."""
 
