@@ -4,10 +4,10 @@ replay.
 A pass of a small drafter takes a device less time than a step takes the host. So the passes of a
 draft are one graph: each takes the tokens that the one before it chose from the device. What is
 known beforehand (positions, slots, attention's work items) the host lays out for all of them at
-once. To capture a chain takes a tenth of a second, so there are few: numbers of rows are padded to
-powers of two, and a chain that is longer than need be does at first. A last pass only writes the KV
-of the last token, so that a draft that is accepted whole leaves the drafter one token behind, as
-any other does.
+once. To capture a chain takes a tenth of a second, so there are few: numbers of sequences are
+padded to powers of two, and a chain that is longer than need be does at first. The KV of a draft's
+last token is not computed. Where the draft is accepted whole, the next one begins with two rows for
+that sequence, this token and the one behind it.
 """
 
 from collections import Counter
@@ -36,6 +36,7 @@ class Chain:
     """One captured chain."""
 
     inputs: Inputs
+    size: int  #: most sequences
     plans: list[list[GraphPlan]]  #: by pass, of each kind of layers
     replay: Replay | None = None
 
@@ -46,20 +47,21 @@ class Chains:
 
     graphs: Graphs
     image: Image
-    #: by size and attention, by passes; the newest use comes last
+    #: by size, rows of the first pass and attention, by passes; the newest use comes last
     found: dict[Any, dict[int, Chain]] = field(default_factory=dict)
     asked: Counter[Any] = field(default_factory=Counter)  #: rounds, by the same
 
     @torch.inference_mode()
     def run(self, batch: Batch, most: Ints) -> Drafts:
-        """At most `most[s]` tokens (1 or more) behind the one row of each span s, in their order.
+        """At most `most[s]` tokens (1 or more) behind each span s, one row or two, in their order.
 
         The table entries of as many positions are there. A fault of the logits ends a draft.
         """
         self.graphs.state.write(self.graphs.state.entries(self.image))
         size = min(1 << (len(batch.rows) - 1).bit_length(), self.graphs.sizes[-1])
-        rows = [self._ahead(batch, most, by) for by in range(int(most.max()) + 1)]
-        chain = self._find(size, batch, rows)
+        passes = int(most.max())
+        rows = [batch.groups] + [self._ahead(batch, most, by) for by in range(1, max(passes, 2))]
+        chain = self._find(size, batch, rows, passes)
         rows += [self._ahead(batch, most, by) for by in range(len(rows), len(chain.plans))]
         self._fill(chain, batch, most, rows)
         chain.inputs.send()
@@ -68,14 +70,14 @@ class Chains:
         counts = enumerate(most.tolist())
         return [_draft(said[0, :, s], said[1, :, s], count) for s, count in counts]
 
-    def _find(self, size: int, batch: Batch, rows: list[list[PagedRows]]) -> Chain:
+    def _find(self, size: int, batch: Batch, rows: list[list[PagedRows]], passes: int) -> Chain:
         """A chain for these rows, by pass and group: its own, or a longer one while it is new."""
-        passes, kinds = len(rows), self.graphs.layers.kinds
-        # of each kind the pass that needs most: split spans, say, leave room for whole ones
-        like = [
-            max((groups[kind.group] for groups in rows), key=self._key_of(kind)) for kind in kinds
-        ]
-        key = (size, *(self._key_of(kind)(one) for kind, one in zip(kinds, like)))
+        kinds, first = self.graphs.layers.kinds, size if batch.decodes else 2 * size
+        # of each kind the later pass that needs most: split spans, say, leave room for whole ones
+        like = [[rows[0][kind.group] for kind in kinds]]
+        like.append([max((one[k.group] for one in rows[1:]), key=self._key_of(k)) for k in kinds])
+        keys = [self._key_of(kind)(one) for part in like for kind, one in zip(kinds, part)]
+        key = (size, first, *keys)
         lengths = self.found.pop(key, None) or {}
         self.found[key] = lengths
         self.asked[key, passes] += 1
@@ -84,7 +86,7 @@ class Chains:
             if longer and self.asked[key, passes] < OFTEN:
                 return lengths[min(longer)]
             self._make_room()
-            lengths[passes] = self._capture(size, batch, like, passes)
+            lengths[passes] = self._capture(size, first, batch, like, passes)
         return lengths[passes]
 
     def _make_room(self) -> None:
@@ -93,13 +95,13 @@ class Chains:
             del self.found[next(iter(self.found))]
 
     def _ahead(self, batch: Batch, most: Ints, by: int) -> list[PagedRows]:
-        """The rows of a pass, by group: `by` positions on, or idle in their last place."""
-        image, at = self.image, batch.positions + np.minimum(by, most)
-        size, found = image.page_size, list[PagedRows]()
+        """The rows of a later pass, by group: `by` positions on, or idle in their last place."""
+        image, at = self.image, batch.ends - 1 + np.minimum(by, most - 1)
+        size, found, one = image.page_size, list[PagedRows](), np.arange(len(at) + 1)
         for table, rows in zip(image.tables, batch.groups, strict=True):
-            slots = table[batch.row_of, at // size].astype(np.int64) * size + at % size
-            slots[most < by] = -1
-            found.append(replace(rows, start=at, slots=slots))
+            slots = table[batch.rows, at // size].astype(np.int64) * size + at % size
+            slots[most <= by] = -1
+            found.append(replace(rows, indptr=one, start=at, slots=slots))
         return found
 
     def _key_of(self, kind: Kind) -> Callable[[PagedRows], Any]:
@@ -107,20 +109,23 @@ class Chains:
         backend, dim = self.graphs.backend, self.graphs.decoder.spec.head_dim
         return lambda rows: backend.graph_key(rows, kind.n_heads, kind.n_kv_heads, dim)
 
-    def _capture(self, size: int, batch: Batch, like: list[PagedRows], passes: int) -> Chain:
-        """A chain whose attention has room for rows `like` these, by kind, in every pass."""
+    def _capture(
+        self, size: int, first: int, batch: Batch, like: list[list[PagedRows]], passes: int
+    ) -> Chain:
+        """A chain whose attention has room for rows `like` these, by kind, in the first pass, of
+        `first` rows, and in every later one."""
         graphs, dim = self.graphs, self.graphs.decoder.spec.head_dim
-        kinds, sizes = graphs.layers.kinds, {"token": size, "row": size}
+        kinds, sizes = graphs.layers.kinds, {"token": first, "row": first, "last": size}
         plans = list[list[GraphPlan]]()
         for by in range(passes):
-            sizes[f"position_{by}"] = size
+            sizes[f"position_{by}"] = count = size if by else first
             plans.append([])
             for at, kind in enumerate(kinds):
-                shape = size, kind.n_heads, kind.n_kv_heads, dim
-                plan = graphs.backend.graph_plan(*shape, like[at])
-                sizes |= {f"{name}_{by}_{at}": count for name, count in plan.sizes.items()}
+                shape = count, kind.n_heads, kind.n_kv_heads, dim
+                plan = graphs.backend.graph_plan(*shape, like[min(by, 1)][at])
+                sizes |= {f"{name}_{by}_{at}": needs for name, needs in plan.sizes.items()}
                 plans[by].append(plan)
-        chain = Chain(Inputs(sizes, graphs.decoder.device), plans)
+        chain = Chain(Inputs(sizes, graphs.decoder.device), size, plans)
         for by, made in enumerate(plans):
             for at, (plan, kind) in enumerate(zip(made, kinds)):
                 there = {name: chain.inputs.device[f"{name}_{by}_{at}"] for name in plan.sizes}
@@ -133,13 +138,14 @@ class Chains:
 
     def _fill(self, chain: Chain, batch: Batch, most: Ints, rows: list[list[PagedRows]]) -> None:
         """Write a chain into the host's arrays; what is left over idles."""
-        host, n = chain.inputs.host(), len(batch.rows)
-        host["token"][:n], host["token"][n:] = batch.tokens, 0
-        host["row"][:n], host["row"][n:] = batch.row_of, -1
-        for by, groups in enumerate(rows):
-            host[f"position_{by}"][:n] = batch.angles + np.minimum(by, most)
-            host[f"position_{by}"][n:] = 0
-            for at, (plan, kind) in enumerate(zip(chain.plans[by], self.graphs.layers.kinds)):
+        host, last = chain.inputs.host(), batch.indptr[1 : len(batch.rows) + 1] - 1
+        _put(host["token"], batch.tokens, 0)
+        _put(host["row"], batch.row_of, -1)
+        _put(host["last"], last, 0)
+        for by, (plans, groups) in enumerate(zip(chain.plans, rows)):
+            angles = batch.angles[last] + np.minimum(by, most - 1) if by else batch.angles
+            _put(host[f"position_{by}"], angles, 0)
+            for at, (plan, kind) in enumerate(zip(plans, self.graphs.layers.kinds)):
                 arrays = {name: host[f"{name}_{by}_{at}"] for name in plan.sizes}
                 plan.fill(groups[kind.group], arrays)
 
@@ -155,13 +161,18 @@ class Chains:
                 graphs.layers.plans(plans), graphs.pool.cache, takes_projection=True
             )
             hidden = graphs.decoder.forward(tokens, inputs[f"position_{by}"], attend)
-            if by == len(chain.plans) - 1:
-                break  # its KV is what it was for
+            if len(hidden) > chain.size:
+                hidden = hidden[inputs["last"].long()]
             best = graphs.decoder.logits(hidden).log_softmax(-1).max(-1)
             tokens = best.indices
             ids.append(tokens.float())  # exact below 2^24
             sure.append(best.values)
         return torch.stack((torch.stack(ids), torch.stack(sure)))
+
+
+def _put(there: NDArray[np.int32], values: Ints, other: int) -> None:
+    """The first ones, and what the rest is."""
+    there[: len(values)], there[len(values) :] = values, other
 
 
 def _draft(

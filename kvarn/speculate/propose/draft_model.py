@@ -266,14 +266,16 @@ class DraftModel(Part):
     def _chain(
         self, chains: Chains, plan: StepPlan, drafts: dict[SeqId, Making], control: LengthControl
     ) -> None:
-        """Whole drafts in one replay, behind a pass for those who are more than a token behind."""
+        """Whole drafts in one replay, behind a pass for those who are more than two tokens behind:
+        the last of a draft has no KV, which the next one makes if it stands."""
         last, behind = list[Span](), list[Span]()
         for span in plan.spans:
-            before = span.length - (span.seq in drafts)
+            own = min(span.length, 2) if span.seq in drafts else 0
+            before = span.length - own
             if before:
                 behind.append(Span(span.seq, span.start, before, 0, False))
-            if before < span.length:
-                last.append(Span(span.seq, span.start + before, 1))
+            if own:
+                last.append(Span(span.seq, span.start + before, own))
         if behind or not last:
             plan.spans, self._gone = behind, []
             self.runner.run(plan)
@@ -291,7 +293,8 @@ class DraftModel(Part):
                 one.draft.tokens.append(token)
                 one.draft.confidence.append(math.exp(logprob))
             seq = one.follower.seq
-            seq.computed, one.follower.drafted = len(seq.tokens) + one.most, one.draft.tokens[:]
+            seq.computed += one.most - 1
+            one.follower.drafted = one.draft.tokens[:]
 
     def _judge(self, rows: Ints, hidden: Tensor) -> None:
         """What the head says of the tokens that a pass has consumed."""
