@@ -1,8 +1,9 @@
 """Sections of docs/results.md on engines and kernels on a GPU."""
 
+from statistics import median
 from typing import Any
 
-from cells import Lines, cell, table
+from cells import Lines, cell, percent, ratio, table
 
 #: what each load of the GPU yardstick should reach at least, and the goal
 TARGETS: dict[tuple[str, str], tuple[float, float]] = {
@@ -94,3 +95,26 @@ def gpu_attention(result: dict[str, Any]) -> Lines:
         "",
         *table(["case", "head dim", "unit", *names], rows),
     ]
+
+
+def two_trees(result: dict[str, Any]) -> Lines:
+    """Times of dense steps in either tree."""
+    said = result["workload"]
+    rows = [
+        [row["step"], median(row["old_ms"]), median(row["new_ms"]), ratio(row["ratio"]),
+         _spread(row["old_ms"]), _spread(row["new_ms"])]
+        for row in result["results"]
+    ]  # fmt: skip
+    return [
+        f"`benchmarks/gpu/two_trees.py`: {result['config']['model']}, random weights; this tree "
+        f"beside {said['old']}, in turns, {said['turns']} processes each: medians, and how far the "
+        "processes of a tree differ. Decode steps are replays alone, a prompt is from end to end.",
+        "",
+        *table(
+            ["step", "before [ms]", "after [ms]", "ratio", "spread before", "spread after"], rows
+        ),
+    ]
+
+
+def _spread(times: list[float]) -> str:
+    return percent((max(times) - min(times)) / median(times))

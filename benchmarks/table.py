@@ -34,6 +34,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "startup": ("Start-up", engine.startup),
     "perplexity": ("What a number format costs", engine.perplexity),
     "gpu_engines": ("Engines side by side on a GPU", gpu.gpu_engines),
+    "two_trees": ("Dense steps before and after a change, on a GPU", gpu.two_trees),
     "gpu_attention": ("Attention alone on a GPU", gpu.gpu_attention),
     "speculation_batches": ("Speculation against batch size", speculation.speculation_batches),
     "drafter": ("The drafter of SmolLM2", speculation.drafter),
