@@ -18,12 +18,13 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-TURNS, REPLAYS, ROUNDS = 4, 50, 9
-CASES = ((1, 2048), (8, 2048), (32, 2048), (64, 512))  #: sequences, tokens of a prompt
+TURNS, REPLAYS, ROUNDS = 2, 50, 9
+CASES = ((1, 2048), (8, 2048), (32, 2048), (64, 512))  #: sequences, tokens of a prompt; of each
+#: all prompts are one step (`budget`), so that all decode together
 PROMPT = 8192  #: tokens of the one that is timed from end to end
 OPTIONS: dict[str, Any] = {
     "model": "llama-3.1-8b", "load": "random", "max_len": 16384, "max_seqs": 64,
-    "device": "cuda", "prefix": "none",
+    "device": "cuda", "prefix": "none", "budget": 65536,
 }  # fmt: skip
 
 

@@ -133,6 +133,7 @@ class Chains:
         nobody = idle(batch)
         self._fill(chain, nobody, nobody.positions, [nobody.groups] * passes)
         chain.inputs.send()
+        graphs.captures += 1
         chain.replay = graphs.capture(lambda: self._body(chain))
         return chain
 

@@ -116,6 +116,11 @@ class Runner:
         self._flying: InFlight | None = None  # the step handed over last
         self._thread: ThreadPoolExecutor | None = None
 
+    @property
+    def captures(self) -> int:
+        """Steps that were captured so far; each took as long as dozens of replays."""
+        return 0 if self.graphs is None else self.graphs.captures
+
     def launch(self, plan: StepPlan) -> Pending:
         """Start a step: on a GPU by handing it over, else on this runner's own thread."""
         if self.state is not None:

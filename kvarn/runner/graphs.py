@@ -129,6 +129,7 @@ class Graphs:
     capture: Capture
     verified: list[int] = field(default_factory=list)  #: buckets of verify steps; []: none are
     found: dict[Any, Graph] = field(default_factory=dict)  #: the newest use comes last
+    captures: int = 0  #: made so far, chains of drafts too
     hidden: Tensor | None = None  #: [R, hidden] of the last step; the next one overwrites it
     layers: Layers = field(init=False)
 
@@ -224,6 +225,7 @@ class Graphs:
             plan.bind(mine, self.state.tables[tables[index]])
         self._fill(graph, size, idle(batch), choice and choice.idle(), [], {})
         inputs.send()
+        self.captures += 1
         graph.replay = self.capture(lambda: self._body(graph, kind))
         return graph
 

@@ -22,9 +22,11 @@ class Speculation:
     costs: Measured = field(default_factory=Measured)
     trainer: Trainer | None = None
     listeners: list[Listener] = field(default_factory=list)  #: hear of every draft judged
+    captures: Callable[[], int] = int  #: made so far: a round with one says nothing of others
     _drafting: float = 0.0  #: seconds of the drafting that the step under way verifies
     _drafts: dict[SeqId, Draft] = field(default_factory=dict)  #: that it verifies
     _asked: bool = False  #: drafts were asked for, so that it was planned late
+    _captured: int = 0  #: captures before they were
 
     def between_steps(self, control: ControlPlane) -> None:
         """Before a step is planned: nothing is drafted, and no draft waits for its judgement."""
@@ -76,7 +78,7 @@ class Speculation:
             for seq in control.queues.running
             if seq.id in lengths and seq.todo == 1 and seq.goal > len(seq.tokens)
         ]
-        behind = self._behind(asks)
+        behind, self._captured = self._behind(asks), self.captures()
         began = self.clock()
         drafts = self.proposer.propose(asks, self.length) if asks else []
         self._drafting, self._asked = self.clock() - began, True
@@ -87,7 +89,8 @@ class Speculation:
         }
         most = max((len(draft.tokens) for draft in self._drafts.values()), default=0)
         read = behind - self._behind(asks)
-        self.costs.saw_draft(len(self._drafts), most, self._drafting, read)
+        if self.captures() == self._captured:
+            self.costs.saw_draft(len(self._drafts), most, self._drafting, read)
         return self._drafts
 
     def _behind(self, asks: list[Ask]) -> int:
@@ -112,7 +115,8 @@ class Speculation:
 
     def _saw(self, plan: StepPlan, seconds: float) -> bool:
         """Learn from the step's time; whether it says anything of others."""
-        if not all(span.wants_logits and span.length == span.drafts + 1 for span in plan.spans):
+        decodes = all(one.wants_logits and one.length == one.drafts + 1 for one in plan.spans)
+        if not decodes or (self._asked and self.captures() != self._captured):
             self.costs.saw_other(ahead=not self._asked)
             return False
         if plan.drafts:
