@@ -156,17 +156,17 @@ def test_what_a_drafting_model_has_to_read(tiny_folder: Any) -> None:
 def test_rounds_that_capture_say_nothing_of_others(tiny_folder: Any, wanted: Any) -> None:
     """A capture takes as long as dozens of steps, once: no cost is learnt from it."""
 
-    class Told(AnyLength):
-        seconds: set[float] = set()
+    told = set[float]()
 
+    class Told(AnyLength):
         def observe(self, records: Sequence[Verified], step: float, draft: float) -> None:
-            self.seconds.add(step)
+            told.add(step)
 
     requests, answers = wanted["llama"]
     engine = speculating(make_engine(tiny_folder("llama")), answers, 0.3, 5)
     assert engine.speculation is not None
-    engine.speculation.length = told = Told(5)
+    engine.speculation.length = Told(5)
     engine.speculation.captures = itertools.count().__next__
     assert run(engine, requests, seed=2) == answers
     costs = engine.speculation.costs
-    assert told.seconds == {0.0} and costs.draft(4, 2) == costs.verifying(8) == costs.reach() == 0
+    assert told == {0.0} and costs.draft(4, 2) == costs.verifying(8) == costs.reach() == 0
