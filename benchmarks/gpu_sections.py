@@ -107,7 +107,7 @@ def two_trees(result: dict[str, Any]) -> Lines:
     ]  # fmt: skip
     return [
         f"`benchmarks/gpu/two_trees.py`: {result['config']['model']}, random weights; this tree "
-        f"beside {said['old']}, in turns, {said['turns']} processes each: medians, and how far the "
+        f"beside {said['old']}, in turns; processes of each: {said['turns']}. Medians, and how far the "
         "processes of a tree differ. Decode steps are replays alone, a prompt is from end to end.",
         "",
         *table(
@@ -116,5 +116,5 @@ def two_trees(result: dict[str, Any]) -> Lines:
     ]
 
 
-def _spread(times: list[float]) -> str:
-    return percent((max(times) - min(times)) / median(times))
+def _spread(times: list[float]) -> str | None:
+    return percent((max(times) - min(times)) / median(times)) if len(times) > 1 else None

@@ -91,15 +91,20 @@ def main() -> None:
                 capture_output=True, text=True, check=True,
             )  # fmt: skip
             seen[name].append(json.loads(done.stdout.splitlines()[-1]))
-            print(name, seen[name][-1], flush=True)
-    rows = []
-    for step in seen["new"][0]:
-        old, new = ([one[step] for one in seen[name]] for name in ("old", "new"))
-        rows.append(
-            {"step": step, "old_ms": old, "new_ms": new, "ratio": median(new) / median(old)}
-        )
-    about = {"old": given.about, "turns": TURNS, "replays": REPLAYS, "rounds": ROUNDS}
-    record.write(record.header("two_trees", about, OPTIONS) | {"results": rows}, given.json)
+        about = {"old": given.about, "turns": turn + 1, "replays": REPLAYS, "rounds": ROUNDS}
+        header = record.header("two_trees", about, OPTIONS)
+        record.write(header | {"results": rows(**seen)}, given.json)
+
+
+def rows(old: list[dict[str, float]], new: list[dict[str, float]]) -> list[dict[str, Any]]:
+    """Times of each kind of step in either tree, and their ratio."""
+    found = list[dict[str, Any]]()
+    for step in new[0]:
+        before, after = ([one[step] for one in tree] for tree in (old, new))
+        ratio = median(after) / median(before)
+        found.append({"step": step, "old_ms": before, "new_ms": after, "ratio": ratio})
+        print(found[-1], flush=True)
+    return found
 
 
 if __name__ == "__main__":
