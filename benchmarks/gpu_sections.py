@@ -108,7 +108,8 @@ def two_trees(result: dict[str, Any]) -> Lines:
     return [
         f"`benchmarks/gpu/two_trees.py`: {result['config']['model']}, random weights; this tree "
         f"beside {said['old']}, in turns; processes of each: {said['turns']}. Medians, and how far "
-        "the processes of a tree differ. Decode steps are replays alone, a prompt is from end to end.",
+        "the processes of a tree differ. Decode steps are replays alone, a prompt is from end to "
+        "end.",
         "",
         *table(
             ["step", "before [ms]", "after [ms]", "ratio", "spread before", "spread after"], rows

@@ -21,7 +21,7 @@ the estimates say.
 A proposer reads a sequence's prompt before it drafts for it, and nobody knows how long the sequence
 will live. It is read once drafts, had it had them, would have saved as much as reading takes (the
 rule of who may rent or buy). That is done on credit: the account owes what such rounds lose, what
-it is paid goes there first, and while it owes, nobody else is read.
+it is paid goes there first, and while it owes much, nobody else is read.
 
 Regime: the default. It needs times that repeat, and some dozen rounds to see what drafts gain.
 """
@@ -56,6 +56,7 @@ FEWER = 1, 2, 4, 8  #: one of so many sequences takes part in a trial, as the ac
 LEAST_LOSS = 0.05  #: of a round on trial, at least, as far as the estimates know
 FEW, CHEAP = 16, 0.05  #: tokens that any draft reads, and plain steps that reading may take: a
 #: sequence that is further behind is read first
+CREDIT = 2.0  #: plain steps that may be owed for what was read when more is
 DOUBT = 1.0  #: standard errors that acceptance may be worse by, where much is read for drafts
 
 
@@ -113,6 +114,7 @@ class Survival(Part):
         if gain >= least:
             self._trials.repays()
             lengths = self._readable(round_, lengths, least)
+            self._trials.wait -= not any(lengths)
         else:
             lengths = self._tried(round_)
         if self._account.holds <= 0.0 or not any(lengths):
@@ -173,7 +175,7 @@ class Survival(Part):
         unread = self._unread(round_)
         if not any(lengths[at] for at in unread):
             return lengths
-        known, owes = round_.costs.reading(1) > 0.0, self._account.owes > 0.0
+        known, owes = round_.costs.reading(1) > 0.0, self._account.owes >= CREDIT
         sure = self._best(round_, DOUBT)[1]
         if known and sure >= least:
             some = set() if owes else self._earned(round_, unread, sure)
@@ -243,7 +245,7 @@ class Survival(Part):
         costs, n, length = round_.costs, len(round_.seqs), self._trials.length
         levels = range(1, int(length / self._shape.width) + 1)
         tokens = self._found * sum(self._all.share**i for i in levels)
-        most = n - len(self._unread(round_)) + (self._account.owes == 0.0)
+        most = n - len(self._unread(round_)) + (self._account.owes < CREDIT)
         for fewer in FEWER:
             some = -(-n // fewer)
             if some * length > _most_drafts(costs, n) or some > most:
