@@ -171,12 +171,13 @@ class Survival(Part):
         return min(quiet, wait - 1) if wait > 0 else quiet
 
     def _readable(self, round_: Round, lengths: list[int], least: float) -> list[int]:
-        """Of the lengths those of sequences that are read, or worth it."""
+        """Of these lengths, which promise at least the gain `least`, those of sequences that are
+        read, or worth it; 0 everywhere if that is not enough."""
         unread = self._unread(round_)
         if not any(lengths[at] for at in unread):
             return lengths
         known, owes = round_.costs.reading(1) > 0.0, self._account.owes >= CREDIT
-        sure = self._best(round_, DOUBT)[1]
+        wanted, (_, sure) = self._least, self._best(round_, DOUBT)
         if known and sure >= least:
             some = set() if owes else self._earned(round_, unread, sure)
             room = _without(set(unread) - some, round_.room)
@@ -184,6 +185,7 @@ class Survival(Part):
             if gain < least:
                 return [0] * len(lengths)
         else:  # with one more there is more to go by
+            self._least = wanted
             some = set() if known and owes else {next(at for at in unread if lengths[at])}
             lengths = _without(set(unread) - some, lengths)
         self._read(round_, some)
