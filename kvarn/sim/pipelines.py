@@ -100,9 +100,17 @@ class Staged:
         """To the end."""
         model = self.simulation.run()
         for passage in self.passages.values():
+            self._note_refused(passage)
             last = self.tally.records.get(_name(passage.pipeline, len(passage.ended) - 1))
             passage.first = last.first if last else None
         return PipelineOutcome(list(self.passages.values()), model)
+
+    def _note_refused(self, passage: Passage) -> None:
+        """Stages that no instance took have failed."""
+        for place in range(len(passage.ended)):
+            record = self.tally.records.get(_name(passage.pipeline, place))
+            if record is not None and record.error and place not in passage.dropped:
+                passage.failed.setdefault(place, record.error)
 
     def _arrive(self, pipeline: Pipeline) -> None:
         n, now = len(pipeline.stages), self.heap.now

@@ -44,6 +44,7 @@ class Simulation:
         self.after = after
         self.heap = EventHeap()
         self._order: list[Record] = []
+        self._left: dict[str, int] = {}  #: sequences of each open request
         self._unwanted: dict[int, list[str]] = {}  #: requests to be dropped, by instance
         self._upcoming: Request | None = None
         self._next_arrival()
@@ -108,6 +109,7 @@ class Simulation:
         for request in self._unwanted.pop(place, ()):
             for seq in self.instances[place].control.abort(request, now / NS):
                 self.tally.ended(seq, now, ABORTED)
+            if self._left.pop(request, 0):
                 self._tell(Finished(request, place))
 
     def _completed(self, place: int, version: int) -> None:
@@ -123,11 +125,16 @@ class Simulation:
         self._start(place)
 
     def _ended(self, place: int, seq: Seq, error: str = "") -> None:
-        now = self.heap.now
+        """A sequence has ended; its request has with the last of them."""
+        now, name = self.heap.now, seq.request.id
         self.tally.ended(seq, now, error)
-        self._tell(Finished(seq.request.id, place))
+        self._left[name] -= 1
+        if self._left[name]:
+            return
+        del self._left[name]
+        self._tell(Finished(name, place))
         if self.after is not None:
-            for request in self.after(seq.request.id, now / NS):
+            for request in self.after(name, now / NS):
                 self.heap.push(self._due(request), ARRIVAL, request)
 
     # actions
@@ -154,6 +161,7 @@ class Simulation:
             self._refuse(request, str(error))
             self._tell(Finished(request.id, place))
             return
+        self._left[request.id] = request.sampling.n
         if not instance.is_busy:
             self._start(place)
 

@@ -44,11 +44,11 @@ class Priced:
         return 0.0
 
 
-def control(pages=400, size=4, max_seqs=8) -> ControlPlane:
+def control(pages=400, size=4, max_seqs=8, max_queue=10_000) -> ControlPlane:
     index = find("prefix", "hash")(size, [None], find("evict", "lru")())
     kv = KVManager([GroupSpec((0,), 1, 8)], [pages], size, index)
     return ControlPlane(find("scheduler", "continuous")(), kv,
-                        Capacity(64, max_seqs, pages * size, 10_000))  # fmt: skip
+                        Capacity(64, max_seqs, pages * size, max_queue))  # fmt: skip
 
 
 def staged(load, stations=None, n=1, coasts=True, **shape) -> PipelineOutcome:
@@ -132,6 +132,15 @@ def test_stages_wait_for_all_before_them():
     (one,) = staged(load, {"a": BatchServer(sum, workers=2)}).passages
     assert one.begun[2] == 2 * NS and one.begun[3] == one.ended[2]
     assert one.end == one.ended[3] == one.begun[3] + NS // 2
+
+
+def test_a_pipeline_whose_stage_no_instance_takes_says_why():
+    load = of_stages(Stage(MODEL, n_in=10, n_out=3), Stage(MODEL, (0,), n_in=20, n_out=3), n=5)
+    passages = staged(load, max_seqs=1, max_queue=1).passages
+    assert {bool(one.error) for one in passages} == {True, False}
+    for one in passages:
+        assert (one.end is None) == bool(one.error)
+        assert "queue" in one.error or not one.error
 
 
 def test_every_pipeline_ends_once_and_every_token_is_there():

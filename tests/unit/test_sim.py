@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvarn.cluster.fleet import Fleet
+from kvarn.cluster.policy import Finished
 from kvarn.cluster.routing import Routing
 from kvarn.core.model import GroupSpec
 from kvarn.core.part import find
@@ -99,6 +100,29 @@ def test_steps_at_once_change_nothing(seed, rate, n, router, pages, overlap, sib
         assert len(record.gaps) == asked.n * (asked.max_tokens - 1)
     for one in at_once.instances:
         assert one.control.check_integrity() == [] and not one.control.seqs
+
+
+@pytest.mark.parametrize("coasts", [True, False])
+def test_a_request_ends_with_the_last_of_its_sequences(coasts):
+    """Who routes hears of it once, and so does who waits for it: all its tokens are there."""
+    requests, tally, told, ended = poisson(30, 20.0, 3, siblings=3), Tally(), [], []
+
+    class Listening(Routing):
+        def handle(self, event, now):
+            if isinstance(event, Finished):
+                told.append(event.request)
+            return super().handle(event, now)
+
+    def after(name, now):
+        ended.append(name)
+        asked = requests[int(name)].sampling
+        assert tally.records[name].n_out == asked.n * asked.max_tokens
+        return []
+
+    instances = [Instance("0", control(), Priced(), tally, coasts)]
+    policy = Listening(find("router", "round_robin")(), Fleet(1))
+    Simulation(requests, instances, policy, tally, after).run()
+    assert sorted(told) == sorted(ended) == sorted(one.id for one in requests)
 
 
 @pytest.mark.parametrize("coasts", [True, False])

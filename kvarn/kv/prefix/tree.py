@@ -179,14 +179,20 @@ class PrefixTree(Part):
 
     def _usable(self, pages: list[list[PageId]]) -> int:
         """Longest run of leading pages whose end has every window before it whole, and sinks."""
-        length = len(pages[0])
-        for group, window in enumerate(self.windows):
-            if window is None:
-                continue
-            first = pages[group][: min(length, self.sinks[group])]
-            if NO_PAGE in first:
-                length = first.index(NO_PAGE)
-            needed = -(-(window - 1) // self.page_size)  # the next query sees window - 1 positions
-            while length and NO_PAGE in pages[group][max(0, length - needed) : length]:
-                length -= 1
+        length, before = len(pages[0]), -1
+        while length != before:  # what one group shortens, another one may have to shorten more
+            before = length
+            for group, window in enumerate(self.windows):
+                if window is not None:
+                    length = self._seen(pages[group][:length], window, self.sinks[group])
+        return length
+
+    def _seen(self, pages: list[PageId], window: int, sinks: int) -> int:
+        """The same of one group with a window."""
+        length = len(pages)
+        if NO_PAGE in pages[:sinks]:
+            length = pages.index(NO_PAGE)
+        needed = -(-(window - 1) // self.page_size)  # the next query sees window - 1 positions
+        while length and NO_PAGE in pages[max(0, length - needed) : length]:
+            length -= 1
         return length
