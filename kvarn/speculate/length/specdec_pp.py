@@ -5,7 +5,8 @@ With c1 the cost of a token that is discarded and c2 that of one more verificati
 right from c2 / (c1 + c2) on (the paper's theorem with no difference in the future of the two
 prefixes). The paper tunes one number; here both costs are the measured ones, and the threshold lies
 between `LEAST` and `GREATEST`. In a batch a discarded token also costs its row of the step that
-judges it.
+judges it. While no step without drafts has been seen, which a control that always drafts rarely
+allows, the threshold is `UNKNOWN`; that is most of the time where one sequence runs.
 
 The probability of a token is what the proposer reports. The drafting model has the paper's head for
 it (`kvarn.speculate.train.head`), whose word comes one token late. In the paper the newest token
