@@ -29,7 +29,6 @@ def test_scheduler_overhead_times_full_decode_steps():
 def test_every_kind_of_drafting_computes_its_prompts(tiny_folder, monkeypatch):
     """Who comes first must not pay for the prompts of the others."""
     monkeypatch.setattr(speculation_batches, "OUTPUT", 4)
-    monkeypatch.setattr(speculation_batches, "SHORT", 4)
     monkeypatch.setattr(
         speculation_batches, "made_up",
         lambda batch, turn: [[1 + (i + j + turn) % 90 for j in range(40)] for i in range(batch)],
