@@ -7,7 +7,7 @@ KEEP = 0.97  #: weight of the past at each judged token of a sequence, and at ea
 SHARE = 0.0075  #: of the time without drafts, what may be lost by trying them
 FIRST, MOST = 2.0, 3.0  #: what the account holds at first, and at most, for many sequences
 LUCK = 1.0  #: both are larger by this over the root of their number: the tokens of few are luck
-DEAREST = 2.0  #: a round loses no more than this: longer ones were a capture, say
+DEAREST = 2.0  #: a round loses no more than this: longer ones compiled something, say
 
 TRIAL, LENGTHS = 3, (3, 1, 5, 2)  #: rounds of a trial, and the lengths of trials, in turn
 SHORTEST_PAUSE, LONGEST_PAUSE = 8, 256  #: rounds between two trials, doubled each time

@@ -10,7 +10,7 @@ from kvarn.speculate.length.survival import Survival
 from kvarn.speculate.part import LengthControl
 from kvarn.speculate.trial import Noise, Overlapped, Stream, play
 
-#: about a model of 1B that drafts for one of 8B on an H200; 5 us a token of a prompt
+#: about a model of 1B that drafts for one of 8B on an H200; 5 us a token of a prompt is assumed
 TIMES = Overlapped(
     plain=(4.3e-3, 24e-6), verify=(5.4e-3, 28e-6), gap=0.8e-3, token=0.9e-3, prompt=5e-6
 )

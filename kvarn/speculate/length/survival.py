@@ -20,8 +20,9 @@ the estimates say.
 
 A proposer reads a sequence's prompt before it drafts for it, and nobody knows how long the sequence
 will live. It is read once drafts, had it had them, would have saved as much as reading takes (the
-rule of who may rent or buy). That is done on credit: the account owes what such rounds lose, what
-it is paid goes there first, and while it owes much, nobody else is read.
+rule of who may rent or buy). That is done on credit, and so may cost more at once than the account
+holds: it owes what such rounds lose, what it is paid goes there first, and while it owes much,
+nobody else is read.
 
 Regime: the default. It needs times that repeat, and some dozen rounds to see what drafts gain.
 """
