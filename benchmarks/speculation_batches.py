@@ -1,23 +1,26 @@
 """Speculation against batch size: fixed lengths and control by survival beside none, in one run.
 
-    python benchmarks/speculation_batches.py [--smollm2 FILE.gguf] [--json FILE]
+    python benchmarks/speculation_batches.py [--batches N ...] [--drafter SHAPE [--layers N]]
+                                             [--smollm2 FILE.gguf] [--json FILE]
 
 The first part is an 8B shape with random weights and synthetic acceptance: each draft is accepted
 with the probability named, and costs nothing, so it is what verification allows, not what a drafter
-brings. The second, with `--drafter`, has a 1B shape draft for it, whose time is real and whose
-acceptance is as synthetic; once with a replay for each of its passes. The third, with `--smollm2`,
-is SmolLM2 with the drafter that comes with kvarn. Every kind of speculation serves the same
-requests as none, batch by batch in turns; the ratio of the output rates is the result. One engine
-serves all kinds of a part; each keeps what it has learnt.
+brings. The second, with `--drafter`, has a smaller shape draft for it, or its own with fewer
+layers; its time is real and its acceptance as synthetic; once with a replay for each of its passes.
+The third, with `--smollm2`, is SmolLM2 with the drafter that comes with kvarn. Every kind of
+speculation serves the same requests as none, batch by batch in turns; the ratio of the output rates
+is the result. One engine serves all kinds of a part; each keeps what it has learnt.
 
 About 7 minutes on an H100 or H200 (the 8B part 200 s, the drafter 80 s, SmolLM2 80 s).
 """
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
@@ -25,6 +28,7 @@ from kvarn.bench import record
 from kvarn.bench.drift import prompts
 from kvarn.core.request import SamplingParams
 from kvarn.engine.llm import LLM
+from kvarn.models.shapes import SHAPES
 from kvarn.runner.chain import Chains
 from kvarn.speculate.costs import Measured
 from kvarn.speculate.length.fixed import Fixed
@@ -172,9 +176,19 @@ def synthetic(given: argparse.Namespace) -> tuple[dict[str, Any], list[Any]]:
 
 def priced(given: argparse.Namespace) -> tuple[dict[str, Any], list[Any]]:
     """The 8B shape with a drafter's real time: its options, and the rows."""
+    if not given.layers:
+        return _priced(given, given.drafter)
+    with TemporaryDirectory() as folder:
+        shape = SHAPES[given.drafter] | {"num_hidden_layers": given.layers}
+        Path(folder, "config.json").write_text(json.dumps(shape))
+        options, rows = _priced(given, folder)
+    return options | {"draft_model": f"{given.drafter}, {given.layers} layers"}, rows
+
+
+def _priced(given: argparse.Namespace, drafter: str) -> tuple[dict[str, Any], list[Any]]:
     options: dict[str, Any] = {
         "model": given.model, "load": "random", "max_len": 512, "max_seqs": max(SOME_BATCHES),
-        "speculate": "draft", "draft_model": given.drafter, "draft_choice": "likeliest",
+        "speculate": "draft", "draft_model": drafter, "draft_choice": "likeliest",
         "draft_length": "fixed", "draft_tokens": LONGEST,
     }  # fmt: skip
     kinds = [Kind("none", None), *(kind("fixed", THREE, most) for most in (1, 2, 3, 4))]
@@ -213,6 +227,7 @@ def main() -> None:
     parser.add_argument("--model", default="llama-3.1-8b")
     parser.add_argument("--smollm2", default=None, help="SmolLM2-135M-Instruct, as a GGUF file")
     parser.add_argument("--drafter", default=None, help="a shape that drafts: llama-3.2-1b")
+    parser.add_argument("--layers", type=int, default=0, help="of the drafter; 0: all")
     parser.add_argument(
         "--batches", type=int, nargs="*", default=BATCHES, help="none: the drafters alone"
     )

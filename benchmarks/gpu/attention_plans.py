@@ -1,6 +1,6 @@
 """How attention is planned: balance, shared prefixes and captured steps, on one NVIDIA GPU.
 
-    PYTHONPATH=. python benchmarks/gpu/attention_plans.py [--out FILE]
+    PYTHONPATH=. python benchmarks/gpu/attention_plans.py [--json FILE]
 
 32 query and 8 KV heads of 128, bf16, pages of 16 in random order. One layer's launches (attention
 and merge, no KV write) are captured in a CUDA graph over as many layers as it takes to read more
@@ -8,15 +8,13 @@ than the L2 cache holds; times are medians per layer.
 """
 
 import argparse
-import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from kvarn.bench import record
 from kvarn.kernels.attention import PagedRows, layout
 from kvarn.kernels.attention.triton import TritonAttention
 from kvarn.kernels.attention.triton_plan import TritonPlan, attend_all
@@ -95,13 +93,9 @@ class Bench:
             layout.SHARED_BYTES = least
 
 
-def main() -> None:
-    """All cases; a table to the terminal and the numbers as JSON."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--out", type=Path)
-    given = options.parse_args()
-    bench = Bench(32 * 8448 + 64)
-    found: dict[str, Any] = {"device": torch.cuda.get_device_name()}
+def balanced(bench: Bench) -> list[dict[str, Any]]:
+    """Lengths as they come, a program for each, and cut so that all programs have as much to do."""
+    found = []
     for name, lengths in {
         "one of 64K, 15 of 1K": [65536] + [1024] * 15,
         "16 of 4K": [4096] * 16,
@@ -110,23 +104,39 @@ def main() -> None:
         "ragged 128": np.random.default_rng(1).integers(100, 2000, 128).tolist(),
     }.items():
         rows = rows_of(lengths)
-        (plain, _), (balanced, _) = bench.whole(rows), bench.time(rows)
-        found[name] = {"whole us": plain, "balanced us": balanced, "times faster": plain / balanced}
+        (whole, _), (cut, _) = bench.whole(rows), bench.time(rows)
+        found.append({"case": name, "whole_us": whole, "cut_us": cut, "times": whole / cut})
+        print(found[-1], flush=True)
+    return found
+
+
+def cascades(bench: Bench) -> list[dict[str, Any]]:
+    """Prefixes read by each of those who share them, once for all, and as the plan chooses."""
+    found = []
     for sharers, prefix in [(32, 8192), (1, 8192), (2, 1024), (8, 1024), (32, 256), (32, 1024)]:
         rows = rows_of([prefix + 256] * sharers, prefix)
         (flat, a), (chosen, _), (once, b) = (
             bench.time(replace(rows, shared=None)), bench.time(rows), bench.forced(rows),
         )  # fmt: skip
-        found[f"{prefix} shared by {sharers}"] = {
-            "flat us": flat, "cascade us": once, "chosen us": chosen, "times faster": flat / chosen,
-            "largest difference": float((a.float() - b.float()).abs().max()),
-        }  # fmt: skip
-    for name, row in found.items():
-        print(f"{name:24} {row}" if isinstance(row, str) else
-              f"{name:24} " + "  ".join(f"{k} {v:.4g}" for k, v in row.items()))  # fmt: skip
-    if given.out:
-        given.out.write_text(json.dumps(found, indent=1))
+        difference = float((a.float() - b.float()).abs().max())
+        found.append({
+            "sharers": sharers, "prefix": prefix, "flat_us": flat, "once_us": once,
+            "chosen_us": chosen, "times": flat / chosen, "difference": difference,
+        })  # fmt: skip
+        print(found[-1], flush=True)
+    return found
+
+
+def main() -> None:
+    """All cases."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", default=None)
+    given = parser.parse_args()
+    bench = Bench(32 * 8448 + 64)
+    said = {"heads": HEADS, "kv_heads": KV_HEADS, "dim": DIM, "page": PAGE, "layers": LAYERS}
+    results = {"balanced": balanced(bench), "shared": cascades(bench)}
+    record.write(record.header("attention_plans", said, {}) | results, given.json)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
