@@ -12,6 +12,7 @@ plain step is handed over while the one before it runs; what verifies must know 
 import argparse
 from collections.abc import Callable
 from cProfile import Profile
+from itertools import pairwise
 from pstats import Stats
 from statistics import median
 from typing import Any
@@ -77,7 +78,7 @@ def run(llm: LLM, batch: int, marked: Marked, profile: Profile | None) -> dict[s
     while engine.has_work:
         engine.step()
     whole = marks[0][0].elapsed_time(marks[-1][0]) / 1e3
-    idle = sum(a[1].elapsed_time(b[0]) for a, b in zip(marks, marks[1:])) / 1e3
+    idle = sum(a[1].elapsed_time(b[0]) for a, b in pairwise(marks)) / 1e3
     steps = len(marks) - 1
     return {"step_s": whole / steps, "gap_s": idle / steps, "share": idle / whole}
 
