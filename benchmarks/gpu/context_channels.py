@@ -1,7 +1,7 @@
 """What a long context costs, measured on a GPU beside the closed forms of `kvarn.cost.session`.
 
     PYTHONPATH=. python benchmarks/gpu/context_channels.py [--model llama-3.1-8b] [--device h200]
-                                                           [--contexts 4096,32768,131072]
+                                                           [--contexts 4096,32768,130048]
                                                            [--fit 32768] [--json FILE]
 
 Random weights: times only. Prefill is a prompt alone, up to its first token; decode the step of one
@@ -137,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="llama-3.1-8b")
     parser.add_argument("--device", default="h200")
-    parser.add_argument("--contexts", default="4096,32768,131072")
+    parser.add_argument("--contexts", default="4096,32768,130048")
     parser.add_argument("--fit", type=int, default=32768)
     parser.add_argument("--json", default=None)
     given = parser.parse_args()
