@@ -100,16 +100,18 @@ def main() -> None:
     llm = LLM(**options)
     engine: Any = llm.engine
     speculation = engine.speculation
-    marked = engine.executor.graphs.capture = Marked(engine.executor.graphs.capture)
+    graphs = engine.executor.graphs
+    marked = graphs.capture = Marked(graphs.capture)
+    graphs.found.clear()  # captured at the start, without marks
     kinds, rows = {"plain": None, "verify": speculation}, list[dict[str, Any]]()
     for batch in batches:
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in kinds}
         for turn in range(REPEATS + 1):
             for name, chosen in kinds.items():
                 engine.speculation = chosen
-                found = run(llm, batch, marked, None)
+                once = run(llm, batch, marked, None)
                 if turn:  # the first captures
-                    runs[name].append(found)
+                    runs[name].append(once)
         for name, found in runs.items():
             row = {key: median(one[key] for one in found) for key in found[0]}
             rows.append({"step": name, "batch": batch, **row, "runs": found})

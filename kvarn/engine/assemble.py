@@ -17,6 +17,7 @@ from kvarn.core.validate import Limits
 from kvarn.engine.drafter import load_drafter
 from kvarn.engine.trainer import make_trainer
 from kvarn.kernels import native
+from kvarn.kernels.attention import small_layout
 from kvarn.kernels.collective import ALONE, Collective
 from kvarn.kv.sizing import bytes_of, pages_by_group, pages_for_bytes
 from kvarn.models.fit import GIB, free_memory
@@ -99,6 +100,7 @@ class Assembly:
             replayed = config.graphs == "on"
             how = "replayed from captured graphs" if replayed else "launched kernel by kernel"
             steps = {"what": "decode steps", "how": how, "why": f"graphs={config.graphs}"}
+            drafts += [small_layout.told()] if replayed else []
             return [steps, *self._verifying(config), *self._selection(replayed), *drafts]
         apart = any(len(owners) > 1 for owners in shares_of(self.rules.groups).values())
         obstacle = decoder.obstacle or ("KV heads lie in several table groups" if apart else None)

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvarn.core.errors import ConfigError
-from kvarn.kernels.attention import PagedRows
-from kvarn.kernels.attention.layout import Heads, is_split, lay_out_small, longest, paying
-from kvarn.kernels.attention.tiles import PART, Cut, Work
+from kvarn.kernels.attention import PagedRows, small_layout
+from kvarn.kernels.attention.layout import Heads, lay_out_small, longest, paying
+from kvarn.kernels.attention.tiles import PART, Cut
 from kvarn.kernels.attention.triton_plan import OnDevice, Round, TritonPlan
 
 TALLEST = 64  #: rows of the largest tile, query heads included
@@ -28,10 +28,10 @@ Arrays = Mapping[str, NDArray[np.int32]]
 
 def key_of(rows: PagedRows, heads: Heads) -> Key:
     """Rows of a span at most, whether spans are split, whether prefixes are shared."""
-    most = longest(rows)
+    most, split = small_layout.key(rows, heads)
     room = 1 if most == 1 else heads.decode(most)[1].height
     shared = len(paying(rows, heads)) > 0
-    return room, shared or is_split(rows, heads), shared
+    return room, shared or split, shared
 
 
 class GraphTritonPlan(TritonPlan):
@@ -53,15 +53,16 @@ class GraphTritonPlan(TritonPlan):
         # m >= 2 spans of one row are in at most m / 2 tiles of three rows or more
         tiles = n_rows // 2 if length == 1 and whole.height > 2 else n_rows
         wide_items = tiles + _more(whole, heads) if self.shared else 0
-        self.n_slots = 0
-        merges = 0
+        self.n_slots = merges = 0
         if self.shared:
             self.n_slots = 2 * n_rows + more * length + _more(whole, heads) * whole.height
             merges = n_rows
         elif self.split:
             self.n_slots = 2 * more * length
             merges = min(n_rows, more * length)
-        self.counts = {"shared": wide_items, "items": n_rows + more}
+        #: shared items, items, rows merged, partial results
+        self.room = [wide_items, n_rows + more, merges, self.n_slots]
+        self.how = small_layout.how(rows, heads)
         self.sizes = {
             "slots": n_rows, "shared": 8 * wide_items, "items": 8 * (n_rows + more),
             "merges": 3 * merges, "entries": self.n_slots,
@@ -81,27 +82,33 @@ class GraphTritonPlan(TritonPlan):
         count = len(rows.slots)
         arrays["slots"][:count] = rows.slots
         arrays["slots"][count:] = -1
-        work = lay_out_small(rows, self.heads).work
-        self._check(work)
-        for name, items in zip(("shared", "items"), work.items):
-            there = arrays[name].reshape(-1, 8)
-            there[: len(items)] = items
-            there[len(items) :] = 0
-            there[len(items) :, PART] = -1
-        for name, values in (("merges", work.merges), ("entries", work.entries)):
-            arrays[name][: values.size] = values.reshape(-1)
-            arrays[name][values.size :] = 0
-
-    def _check(self, work: Work) -> None:
-        """A step of another key would not fit."""
-        needed = {name: len(items) for name, items in zip(("shared", "items"), work.items)}
-        if any(needed[name] > self.counts[name] for name in needed) or (
-            work.n_slots > self.n_slots or work.merges.size > self.sizes["merges"]
-        ):
+        room = self.room
+        if small_layout.available():
+            takes = small_layout.fill(rows, self.how, paying(rows, self.heads), room, arrays)
+        else:
+            takes = _fill(rows, self.heads, room, arrays)
+        if any(need > there for need, there in zip(takes, room)):
             raise ConfigError(
-                f"the step has {needed} items and {work.n_slots} partial results, the captured "
-                f"plan room for {self.counts} and {self.n_slots}: capture one for its own key"
+                f"the step takes {takes} shared items, items, rows merged and partial results, the "
+                f"captured plan has room for {room}: capture one for its own key"
             )
+
+
+def _fill(rows: PagedRows, heads: Heads, room: list[int], arrays: Arrays) -> list[int]:
+    """As `small_layout.fill`, without it."""
+    work = lay_out_small(rows, heads).work
+    takes = [len(work.items[0]), len(work.items[1]), len(work.merges), work.n_slots]
+    if any(need > there for need, there in zip(takes, room)):
+        return takes
+    for name, items in zip(("shared", "items"), work.items):
+        there = arrays[name].reshape(-1, 8)
+        there[: len(items)] = items
+        there[len(items) :] = 0
+        there[len(items) :, PART] = -1
+    for name, values in (("merges", work.merges), ("entries", work.entries)):
+        arrays[name][: values.size] = values.reshape(-1)
+        arrays[name][values.size :] = 0
+    return takes
 
 
 def fits(rows: PagedRows, heads: Heads) -> bool:
