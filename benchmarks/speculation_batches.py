@@ -43,7 +43,8 @@ from kvarn.theory.speculation import expected_tokens
 
 BATCHES, SOME_BATCHES, SMALL_BATCHES = (1, 4, 16, 64, 128, 256), (1, 4, 16, 64), (1, 8, 32, 128)
 SMALL_REPEATS = 4  #: runs of SmolLM2, which are short
-PROMPT, OUTPUT, REPEATS = 128, 128, 2  #: tokens, tokens, runs behind the one that captures
+PROMPT, OUTPUT, REPEATS = 128, 128, 2  #: tokens, tokens, runs that capture nothing
+MORE = 7  #: turns beside these: a capture takes as long as dozens of steps, and comes but once
 #: acceptance of each token with about 2, 3 and 4 expected tokens a round of the longest draft
 TWO, THREE, FOUR = 0.51, 0.7, 0.835
 LONGEST = 5  #: draft [tokens]
@@ -131,19 +132,22 @@ def measure(llm: LLM, kinds: Sequence[Kind], batch: int, ask: Ask, repeats: int)
     """Every kind at one batch size: rows of the result, the runs in turns."""
     engine: Any = llm.engine
     speculation, found = engine.speculation, dict[str, list[dict[str, float]]]()
-    for turn in range(repeats + 1):
+    for turn in range(repeats + MORE):
         for one in kinds:
+            if len(found.get(one.name, ())) == repeats:
+                continue
             use(llm, one, speculation)
             params = SamplingParams(temperature=0, max_tokens=OUTPUT, ignore_eos=ask is made_up)
             engine.reset_prefix_cache()  # or who comes first alone computes the prompts
-            asked, before = ask(batch, turn), engine.stats()
+            asked, before, captured = ask(batch, turn), engine.stats(), speculation.captures()
             began = perf_counter()
             llm.generate(asked, params)
             seconds, after = perf_counter() - began, engine.stats()
             run = {name: getattr(after, name) - getattr(before, name) for name in COUNTS}
             run["tokens_per_s"] = run["output_tokens"] / seconds
-            if turn:  # the first compiles, captures and learns
-                found.setdefault(one.name, []).append(run)
+            run["captures"] = speculation.captures() - captured
+            if turn and (not run["captures"] or turn >= MORE):
+                found.setdefault(one.name, []).append(run)  # the first compiles and learns
     engine.speculation = speculation
     plain = median(run["tokens_per_s"] for run in found["none"])
     return [row(one, batch, found[one.name], plain) for one in kinds if one.name in found]
@@ -187,7 +191,7 @@ def priced(given: argparse.Namespace) -> tuple[dict[str, Any], list[Any]]:
 
 def _priced(given: argparse.Namespace, drafter: str) -> tuple[dict[str, Any], list[Any]]:
     options: dict[str, Any] = {
-        "model": given.model, "load": "random", "max_len": 512, "max_seqs": max(SOME_BATCHES),
+        "model": given.model, "load": "random", "max_len": 512, "max_seqs": max(given.drafter_batches),
         "speculate": "draft", "draft_model": drafter, "draft_choice": "likeliest",
         "draft_length": "fixed", "draft_tokens": LONGEST,
     }  # fmt: skip
@@ -197,7 +201,7 @@ def _priced(given: argparse.Namespace, drafter: str) -> tuple[dict[str, Any], li
     apart.name = f"{apart.name}, a replay for each pass"
     llm, rows = LLM(**options), list[Any]()
     kinds = [*chained(llm, kinds), apart]
-    for batch in sorted(SOME_BATCHES, reverse=True):
+    for batch in sorted(given.drafter_batches, reverse=True):
         rows = measure(llm, kinds, batch, made_up, given.repeats) + rows
     llm.close()
     return options, rows
@@ -228,6 +232,7 @@ def main() -> None:
     parser.add_argument("--smollm2", default=None, help="SmolLM2-135M-Instruct, as a GGUF file")
     parser.add_argument("--drafter", default=None, help="a shape that drafts: llama-3.2-1b")
     parser.add_argument("--layers", type=int, default=0, help="of the drafter; 0: all")
+    parser.add_argument("--drafter-batches", type=int, nargs="*", default=SOME_BATCHES)
     parser.add_argument(
         "--batches", type=int, nargs="*", default=BATCHES, help="none: the drafters alone"
     )

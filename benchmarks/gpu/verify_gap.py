@@ -30,10 +30,12 @@ Replay = Callable[[], torch.Tensor]
 
 
 class Marked:
-    """A capture whose replays leave events on the device."""
+    """The capture of a runner's steps, whose replays leave events on the device from now on."""
 
-    def __init__(self, capture: Callable[[Replay], Replay]) -> None:
-        self.capture = capture
+    def __init__(self, graphs: Any) -> None:
+        self.capture = graphs.capture
+        self.unmarked = graphs.found  # of the start: their memory is that of those to come
+        graphs.capture, graphs.found = self, {}
         self.marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def __call__(self, body: Replay) -> Replay:
@@ -100,9 +102,7 @@ def main() -> None:
     llm = LLM(**options)
     engine: Any = llm.engine
     speculation = engine.speculation
-    graphs = engine.executor.graphs
-    marked = graphs.capture = Marked(graphs.capture)
-    graphs.found.clear()  # captured at the start, without marks
+    marked = Marked(engine.executor.graphs)
     kinds, rows = {"plain": None, "verify": speculation}, list[dict[str, Any]]()
     for batch in batches:
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in kinds}

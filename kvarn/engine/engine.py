@@ -106,6 +106,8 @@ class Engine:
         outputs = [self._output(p, now) for p in progress]
         if not self.has_work:
             self._check_books()
+            if self.speculation is not None:  # what learns beside the steps has time now
+                self.speculation.between_steps(self.control)
         return outputs
 
     def _step(self) -> list[Progress]:

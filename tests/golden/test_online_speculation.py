@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,8 @@ def test_tokens_are_the_same_while_weights_change(
         seen.add(trainer.versions.version)
         if trainer.versions.published >= 3:
             break
+        if mode == "on":
+            time.sleep(0.1)  # nobody asks for a while, which is when it learns
     assert trainer.failed == "" and trainer.versions.published >= 3
     stats = engine.stats()
     assert stats.trainer is not None and stats.drafted_tokens > 0
@@ -229,3 +232,17 @@ def test_a_target_with_an_output_matrix_of_its_own_is_refused(
             tiny_folder("llama"), draft_model=str(Path(folders["small"])), train_drafter="on",
             **DRAFTED,
         )  # fmt: skip
+
+
+def test_it_learns_while_nobody_asks(folders: dict[str, str]) -> None:
+    """The lessons of the last requests are learnt from when they have ended, without a step more,
+    though the last step that was planned had others waiting."""
+    engine, trainer = training(folders, "small", "on", max_seqs=1)
+    run(engine, make_requests(3, seed=1), seed=0)
+    assert not engine.has_work
+    deadline = time.monotonic() + 60
+    while not trainer.worker._job.done():  # type: ignore[attr-defined]
+        assert time.monotonic() < deadline, "it waits for a step that does not come"
+        time.sleep(0.01)
+    assert trainer.worker._free.is_set()  # type: ignore[attr-defined]
+    engine.close()

@@ -76,11 +76,18 @@ def test_going_back_is_exact_and_a_copy_does_not_follow() -> None:
     assert set(before) == set(tiny_network().state_dict()) and SPEC.vocab == 97
 
 
-def test_stopping_is_between_batches() -> None:
-    student = Student(tiny_network(), Recipe(batch=2, passes=1))
-    answers = iter([True, False])
-    student.learn(tiny_lessons(), lambda: next(answers))
-    assert 0 < student.labels <= 2 * 14
+def test_stopping_is_between_lessons() -> None:
+    """What is stopped within a batch has learnt from the batches before, and no more."""
+    one, stopped = (Student(tiny_network(), Recipe(batch=2, passes=1)) for _ in range(2))
+    for student, answers in ((one, [True] * 2), (stopped, [True] * 3)):
+        told = iter([*answers, False])
+        assert student.learn(tiny_lessons(), lambda told=told: next(told)) is not None
+        assert 0 < student.labels <= 2 * 14
+    assert all(torch.equal(x, one.weights()[name]) for name, x in stopped.weights().items())
+    first = iter([True, False])
+    assert (
+        Student(tiny_network(), Recipe(batch=2)).learn(tiny_lessons(), lambda: next(first)) is None
+    )
 
 
 def test_a_loss_that_is_no_number_is_an_error() -> None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from kvarn.core.part import Cap, Part
-from kvarn.core.plan import Draft, SeqId, SeqStart, Span, StepPlan
+from kvarn.core.plan import Draft, SeqId, SeqStart, Span, StepPlan, TableEdit
 from kvarn.core.request import SamplingParams
 from kvarn.core.seq import Seq
 from kvarn.kernels.attention import Ints
@@ -169,11 +169,14 @@ class DraftModel(Part):
             fresh = False
         if follower is None:
             return None
-        seq = follower.seq
-        edits = self.kv.reserve(seq, len(seq.tokens) + ask.most, self._now)
-        if edits is None:
-            self._drop(seq.id, started=not fresh)
-            return None
+        seq, edits = follower.seq, list[TableEdit]()
+        end = len(seq.tokens) + ask.most
+        if end > seq.capacity:
+            found = self.kv.reserve(seq, end, self._now)
+            if found is None:
+                self._drop(seq.id, started=not fresh)
+                return None
+            edits = found
         if fresh:
             tables = [list(table) for table in seq.tables]
             plan.starts.append(
@@ -211,7 +214,7 @@ class DraftModel(Part):
     def _correct(self, follower: Follower) -> None:
         """Put what the target committed in place of what was drafted."""
         seq, known = follower.seq, follower.known
-        new = seq.tokens[known:]
+        image, new = self.runner.image, seq.tokens[known:]
         agreed = 0
         for mine, theirs in zip(follower.drafted or (), new):
             if mine != theirs:
@@ -221,11 +224,12 @@ class DraftModel(Part):
         # logits are what the next draft begins with
         seq.computed = min(seq.computed, known + agreed, len(seq.tokens) - 1)
         if new:
-            self.runner.image.commit(self.runner.image.row(seq.id), known, new)
+            image.commit(image.row(seq.id), known, new)
         else:
-            self.runner.image.truncate(self.runner.image.row(seq.id), known)
+            image.truncate(image.row(seq.id), known)
         follower.known, follower.drafted = len(seq.tokens), None
-        self.kv.publish(seq, self._now)
+        if seq.computed // self.kv.page_size > seq.published:
+            self.kv.publish(seq, self._now)
 
     def _drop(self, seq_id: SeqId, started: bool = True) -> None:
         """Give the pages of a follower back; its row too, once the runner hears of it."""

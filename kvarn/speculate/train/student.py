@@ -5,6 +5,7 @@ The loss is of two distributions over the target's most likely tokens and one bu
 section 4) or at every place that was judged.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -62,16 +63,17 @@ class Student:
     def learn(
         self, lessons: Sequence[Lesson], go_on: Callable[[], bool] = lambda: True
     ) -> float | None:
-        """Mean loss [nats] of the batches of an update; `go_on` is asked before each.
+        """Mean loss [nats] of the batches of an update; `go_on` is asked before each lesson.
 
         None: there was nothing to learn from, or it was stopped first. Raises `FloatingPointError`
         where the loss is no number.
         """
         losses = list[float]()
         for batch in self._batches(lessons):
-            if not go_on():
+            loss = self._step(batch, go_on)
+            if loss is None:
                 break
-            losses.append(self._step(batch))
+            losses.append(loss)
         return sum(losses) / len(losses) if losses else None
 
     def _batches(self, lessons: Sequence[Lesson]) -> Iterator[list[Lesson]]:
@@ -86,20 +88,30 @@ class Student:
     def _wanted(self, labels: list[Label]) -> list[Label]:
         return [one for one in labels if one.wrong] if self.how.wrong_only else labels
 
-    def _step(self, batch: list[Lesson]) -> float:
-        with autocast(self.network.embed.device):
-            loss = lesson_loss(self.network, batch, self.how, self._generator)
-        found = loss.item()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss of an update is {found}")
+    def _step(self, batch: list[Lesson], go_on: Callable[[], bool]) -> float | None:
+        """One step of the optimizer; None, and nothing learnt, where it is stopped within.
+
+        Lesson by lesson: whoever waits for the processor waits for one of them, not for all.
+        """
+        labels = sum(len(one.labels) for one in batch)
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        found = 0.0
+        for one in batch:
+            if not go_on():
+                return None
+            with autocast(self.network.embed.device):
+                loss = lesson_loss(self.network, [one], self.how, self._generator)
+                loss = loss * (len(one.labels) / labels)
+            found += loss.item()
+            if not math.isfinite(found):
+                raise FloatingPointError(f"the loss of an update is {found}")
+            loss.backward()  # type: ignore[no-untyped-call]
         clip_grad_norm_(self.network.parameters(), self.how.clip)
         self._steps += 1
         for group in self._optimizer.param_groups:
             group["lr"] = self.how.rate * min(1.0, self._steps / self.how.warmup)
         self._optimizer.step()
-        self.labels += sum(len(one.labels) for one in batch)
+        self.labels += labels
         return found
 
 

@@ -187,7 +187,7 @@ class OnlineTrainer(Part):
         )
 
     def close(self) -> None:
-        """Stop training; waits for the batch under way."""
+        """Stop training; waits for the lesson under way."""
         self.worker.close()
 
 

@@ -33,7 +33,7 @@ class Worker(Protocol):
         ...
 
     def yields(self, busy: bool) -> None:
-        """Whether requests wait for the processor: the job then pauses before its next batch."""
+        """Whether requests wait for the processor: the job then pauses before its next lesson."""
         ...
 
     def close(self) -> None:
@@ -105,7 +105,7 @@ class Background:
             self._free.set()
 
     def close(self) -> None:
-        """See `Worker`: waits for the batch under way."""
+        """See `Worker`: waits for the lesson under way."""
         self._closing = True
         self._free.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -119,4 +119,7 @@ def _settle_down() -> None:
     """One core, low priority: of the calling thread alone."""
     torch.set_num_threads(1)
     if sys.platform == "linux":  # elsewhere a thread has its process's priority
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        me = threading.get_native_id()
+        # nobody may raise a priority: a process that is nicer already stays so
+        nicer = max(NICE, os.getpriority(os.PRIO_PROCESS, me))
+        os.setpriority(os.PRIO_PROCESS, me, nicer)
