@@ -191,9 +191,9 @@ def priced(given: argparse.Namespace) -> tuple[dict[str, Any], list[Any]]:
 
 def _priced(given: argparse.Namespace, drafter: str) -> tuple[dict[str, Any], list[Any]]:
     options: dict[str, Any] = {
-        "model": given.model, "load": "random", "max_len": 512, "max_seqs": max(given.drafter_batches),
-        "speculate": "draft", "draft_model": drafter, "draft_choice": "likeliest",
-        "draft_length": "fixed", "draft_tokens": LONGEST,
+        "model": given.model, "load": "random", "max_len": 512,
+        "max_seqs": max(given.drafter_batches), "speculate": "draft", "draft_model": drafter,
+        "draft_choice": "likeliest", "draft_length": "fixed", "draft_tokens": LONGEST,
     }  # fmt: skip
     kinds = [Kind("none", None), *(kind("fixed", THREE, most) for most in (1, 2, 3, 4))]
     kinds += [kind("survival", THREE), kind("survival", 0.3)]

@@ -188,7 +188,7 @@ def _judged(
     order = fit_q.argsort()
     rising = torch.from_numpy(isotonic_regression(fit_a[order].double().numpy()).x)
     at = torch.searchsorted(fit_q[order].contiguous(), q).clamp_max(len(order) - 1)
-    said = torch.tensor(head.accepted(hidden, q))
+    said = head.accepted(hidden, q).cpu()
     return {
         "drafts": len(q),
         "acceptance": accepted.mean().item(),

@@ -70,8 +70,8 @@ class Drafter:
         if config.draft_length == "specdec-pp":
             head = load_head(Path(config.draft_model), self.model.spec.hidden, device)
         chains = None
-        if runner.graphs is not None and head is None:
-            chains = Chains(runner.graphs, runner.image)
+        if runner.graphs is not None:
+            chains = Chains(runner.graphs, runner.image, None if head is None else head.accepted)
         return DraftModel(runner, kv, config.budget, config.max_seqs, drawn, head, chains)
 
 

@@ -2,12 +2,13 @@
 replay.
 
 A pass of a small drafter takes a device less time than a step takes the host. So the passes of a
-draft are one graph: each takes the tokens that the one before it chose from the device. What is
-known beforehand (positions, slots, attention's work items) the host lays out for all of them at
-once. To capture a chain takes a tenth of a second, so there are few: numbers of sequences are
-padded to powers of two, and a chain that is longer than need be does at first. The KV of a draft's
-last token is not computed. Where the draft is accepted whole, the next one begins with two rows for
-that sequence, this token and the one behind it.
+draft are one graph: each takes the tokens that the one before it chose from the device. A head that
+judges drafted tokens does so in the same graph, as they are consumed. What is known beforehand
+(positions, slots, attention's work items) the host lays out for all passes at once. To capture a
+chain takes a tenth of a second, so there are few: numbers of sequences are padded to powers of two,
+and a chain that is longer than need be does at first. The KV of a draft's last token is not
+computed. Where the draft is accepted whole, the next one begins with two rows for that sequence,
+this token and the one behind it.
 """
 
 from collections import Counter
@@ -28,7 +29,11 @@ from kvarn.runner.heads import Kind
 from kvarn.runner.image import Image
 
 OFTEN = 8  #: rounds of a length that a longer chain serves before one of its own is captured
-Drafts = list[list[tuple[int, float]]]  #: by sequence: tokens and their log-probabilities
+#: tokens, their log-probabilities, and the judge's word on the token before each; 1: no judge
+Said = list[tuple[int, float, float]]
+#: probability that tokens [n] are accepted, of the final hidden states [n, hidden] where they were
+#: consumed and of the drafter's own probability of each
+Judge = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(slots=True)
@@ -47,15 +52,17 @@ class Chains:
 
     graphs: Graphs
     image: Image
+    judge: Judge | None = None
     #: by size, rows of the first pass and attention, by passes; the newest use comes last
     found: dict[Any, dict[int, Chain]] = field(default_factory=dict)
     asked: Counter[Any] = field(default_factory=Counter)  #: rounds, by the same
 
     @torch.inference_mode()
-    def run(self, batch: Batch, most: Ints) -> Drafts:
+    def run(self, batch: Batch, most: Ints, own: list[float]) -> list[Said]:
         """At most `most[s]` tokens (1 or more) behind each span s, one row or two, in their order.
 
-        The table entries of as many positions are there. A fault of the logits ends a draft.
+        `own[s]`: the drafter's probability of the span's last token, where it is a drafted one. The
+        table entries of as many positions are there. A fault of the logits ends a draft.
         """
         self.graphs.state.write(self.graphs.state.entries(self.image))
         size = min(1 << (len(batch.rows) - 1).bit_length(), self.graphs.sizes[-1])
@@ -63,12 +70,11 @@ class Chains:
         rows = [batch.groups] + [self._ahead(batch, most, by) for by in range(1, max(passes, 2))]
         chain = self._find(size, batch, rows, passes)
         rows += [self._ahead(batch, most, by) for by in range(len(rows), len(chain.plans))]
-        self._fill(chain, batch, most, rows)
+        self._fill(chain, batch, most, own, rows)
         chain.inputs.send()
         assert chain.replay is not None
         said = chain.replay().cpu().numpy()[:, :, : len(batch.rows)].astype(np.float64)
-        counts = enumerate(most.tolist())
-        return [_draft(said[0, :, s], said[1, :, s], count) for s, count in counts]
+        return [_draft(said[:, :count, s]) for s, count in enumerate(most.tolist())]
 
     def _find(self, size: int, batch: Batch, rows: list[list[PagedRows]], passes: int) -> Chain:
         """A chain for these rows, by pass and group: its own, or a longer one while it is new."""
@@ -115,7 +121,8 @@ class Chains:
         """A chain whose attention has room for rows `like` these, by kind, in the first pass, of
         `first` rows, and in every later one."""
         graphs, dim = self.graphs, self.graphs.decoder.spec.head_dim
-        kinds, sizes = graphs.layers.kinds, {"token": first, "row": first, "last": size}
+        kinds = graphs.layers.kinds
+        sizes = {"token": first, "row": first, "last": size, "own": size}
         plans = list[list[GraphPlan]]()
         for by in range(passes):
             sizes[f"position_{by}"] = count = size if by else first
@@ -131,18 +138,21 @@ class Chains:
                 there = {name: chain.inputs.device[f"{name}_{by}_{at}"] for name in plan.sizes}
                 plan.bind(there, graphs.state.tables[kind.group])
         nobody = idle(batch)
-        self._fill(chain, nobody, nobody.positions, [nobody.groups] * passes)
+        self._fill(chain, nobody, nobody.positions, [], [nobody.groups] * passes)
         chain.inputs.send()
         graphs.captures += 1
         chain.replay = graphs.capture(lambda: self._body(chain))
         return chain
 
-    def _fill(self, chain: Chain, batch: Batch, most: Ints, rows: list[list[PagedRows]]) -> None:
+    def _fill(
+        self, chain: Chain, batch: Batch, most: Ints, own: list[float], rows: list[list[PagedRows]]
+    ) -> None:
         """Write a chain into the host's arrays; what is left over idles."""
         host, last = chain.inputs.host(), batch.indptr[1 : len(batch.rows) + 1] - 1
         _put(host["token"], batch.tokens, 0)
         _put(host["row"], batch.row_of, -1)
         _put(host["last"], last, 0)
+        host["own"].view(np.float32)[: len(own)] = own
         for by, (plans, groups) in enumerate(zip(chain.plans, rows)):
             angles = batch.angles[last] + np.minimum(by, most - 1) if by else batch.angles
             _put(host[f"position_{by}"], angles, 0)
@@ -151,12 +161,14 @@ class Chains:
                 plan.fill(groups[kind.group], arrays)
 
     def _body(self, chain: Chain) -> Tensor:
-        """Every pass on the device: ids and log-probabilities [2, passes, size] in fp32."""
+        """Every pass on the device: ids, log-probabilities and, where there is a judge, its words
+        [2 or 3, passes, size] in fp32."""
         from kvarn.kernels.triton.feed import feed
 
         graphs, inputs = self.graphs, chain.inputs.device
         tokens = feed(inputs["token"], inputs["row"], graphs.state.last)
-        ids, sure = list[Tensor](), list[Tensor]()
+        ids, sure, words = list[Tensor](), list[Tensor](), list[Tensor]()
+        own = inputs["own"].view(torch.float32)
         for by, plans in enumerate(chain.plans):
             attend = PagedAttend(
                 graphs.layers.plans(plans), graphs.pool.cache, takes_projection=True
@@ -164,11 +176,13 @@ class Chains:
             hidden = graphs.decoder.forward(tokens, inputs[f"position_{by}"], attend)
             if len(hidden) > chain.size:
                 hidden = hidden[inputs["last"].long()]
+            if self.judge is not None:
+                words.append(self.judge(hidden, own).float())
             best = graphs.decoder.logits(hidden).log_softmax(-1).max(-1)
-            tokens = best.indices
+            tokens, own = best.indices, best.values.exp()
             ids.append(tokens.float())  # exact below 2^24
             sure.append(best.values)
-        return torch.stack((torch.stack(ids), torch.stack(sure)))
+        return torch.stack([torch.stack(part) for part in (ids, sure, words) if part])
 
 
 def _put(there: NDArray[np.int32], values: Ints, other: int) -> None:
@@ -176,10 +190,10 @@ def _put(there: NDArray[np.int32], values: Ints, other: int) -> None:
     there[: len(values)], there[len(values) :] = values, other
 
 
-def _draft(
-    ids: NDArray[np.float64], sure: NDArray[np.float64], count: int
-) -> list[tuple[int, float]]:
-    """Of what the passes chose, the first `count`, up to where a log-probability is no number."""
-    said = list(zip(ids[:count].astype(int).tolist(), sure[:count].tolist()))
-    faulty = next((i for i, (_, logprob) in enumerate(said) if logprob != logprob), count)
-    return said[:faulty]
+def _draft(said: NDArray[np.float64]) -> Said:
+    """Of what the passes [2 or 3, passes] said, what comes before a log-probability that is no
+    number."""
+    ids, sure, *words = said.tolist()
+    found = list(zip(map(int, ids), sure, *words or [[1.0] * len(ids)]))
+    faulty = next((i for i, one in enumerate(found) if one[1] != one[1]), len(found))
+    return found[:faulty]

@@ -22,7 +22,10 @@ from kvarn.runner.executor import Runner
 from kvarn.runner.graphs import Graphs, buckets
 from kvarn.runner.pool import KVPool
 from kvarn.runner.state import DeviceState
+from kvarn.speculate.length.specdec_pp import SpecDecPP
+from kvarn.speculate.propose import draft_model
 from kvarn.speculate.propose.draft_model import DraftModel
+from kvarn.speculate.train.head import AcceptanceHead
 
 pytestmark = [
     pytest.mark.gpu,
@@ -70,8 +73,21 @@ def chained(engine: Engine) -> Counting:
     proposer.runner = Runner(
         old.decoder, old.groups, pool, backend, old.sampler, size, config.max_seqs, state, graphs
     )
-    proposer.chains = Chains(graphs, proposer.runner.image)
+    head = proposer.head
+    proposer.chains = Chains(graphs, proposer.runner.image, None if head is None else head.accepted)
     return capture
+
+
+def judged(engine: Engine) -> None:
+    """Give the drafter a head of some opinion, and the length control its stops."""
+    proposer = proposer_of(engine)
+    torch.manual_seed(3)
+    head = AcceptanceHead(proposer.runner.spec.hidden, depth=1)
+    torch.nn.init.normal_(head.out.weight, std=0.4)
+    proposer.head = head.to(DEVICE).eval()
+    proposer.runner.watcher = proposer._judge
+    assert engine.speculation is not None
+    engine.speculation.length = SpecDecPP(0.95)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -95,6 +111,36 @@ def test_chains_are_the_drafts_of_single_passes(
         if capture is not None:
             assert capture.replays > 5 and engine.stats().accepted_tokens > 0
     assert drafts[0] == drafts[1] and len(drafts[0]) > 10
+
+
+@pytest.mark.parametrize("with_head", [False, True])
+def test_replays_of_a_few_passes_are_one_draft(
+    tiny_folder: Any, monkeypatch: pytest.MonkeyPatch, with_head: bool
+) -> None:
+    """Longer drafts than one replay makes, and stops by a head that judges within: the tokens, and
+    what is said of each, are those of single passes."""
+    monkeypatch.setattr(draft_model, "AT_ONCE", 2)
+    monkeypatch.setattr(draft_model, "JUDGED_AT_ONCE", 2)
+    requests = make_requests(COUNT)
+    answers = expected(make_engine(tiny_folder("llama"), device=DEVICE.type), requests)
+    drafts = []
+    for together in (False, True):
+        engine = blurred(tiny_folder("llama"))
+        if with_head:
+            judged(engine)
+        capture = chained(engine) if together else None
+        records = heard(engine)
+        assert run(engine, requests, seed=3) == answers
+        drafts.append(
+            [(one.seq, one.draft.tokens, one.accepted, one.draft.confidence) for one in records]
+        )
+        if capture is not None:
+            assert capture.replays > 5
+    assert max(len(tokens) for _, tokens, *_ in drafts[0]) > 2
+    assert len({len(tokens) for _, tokens, *_ in drafts[0]}) > 2
+    assert [one[:3] for one in drafts[0]] == [one[:3] for one in drafts[1]]
+    for single, chain in zip(*drafts, strict=True):
+        assert chain[3] == pytest.approx(single[3], abs=2e-3)
 
 
 def test_a_draft_ends_where_logits_are_no_numbers(tiny_folder: Any) -> None:

@@ -58,9 +58,7 @@ def separable(n: int = 64, seed: int = 0) -> list[Lesson]:
 def test_it_learns_what_there_is_to_learn() -> None:
     head = train_head(separable(), epochs=20, batch=4, rate=1e-2)
     unseen = separable(seed=1)
-    said = torch.tensor(
-        head.accepted(torch.cat([one.hidden for one in unseen]), torch.full((640,), 0.5))
-    )
+    said = head.accepted(torch.cat([one.hidden for one in unseen]), torch.full((640,), 0.5))
     accepted = torch.cat([one.accepted for one in unseen])
     assert auc_of_rejection(said, accepted) > 0.98
     assert binary_kl(said, accepted) < 0.3
@@ -69,9 +67,9 @@ def test_it_learns_what_there_is_to_learn() -> None:
 def test_weights_of_rejections_lower_what_it_says() -> None:
     blind = [Lesson(torch.zeros(10, 8), torch.tensor([1.0] * 5 + [0.0] * 5), torch.ones(10) / 2)]
     even, strict = (
-        train_head(blind, weight=w, epochs=400, batch=1, rate=3e-2).accepted(
-            torch.zeros(1, 8), torch.ones(1) / 2
-        )[0]
+        train_head(blind, weight=w, epochs=400, batch=1, rate=3e-2)
+        .accepted(torch.zeros(1, 8), torch.ones(1) / 2)[0]
+        .item()
         for w in (1.0, 6.0)
     )
     assert even == pytest.approx(1 / 2, abs=0.03)
@@ -106,4 +104,6 @@ def test_what_is_saved_is_what_loads(tmp_path: Path) -> None:
 
 def test_an_untrained_head_repeats_the_drafter() -> None:
     own = torch.tensor([0.1, 0.5, 0.9])
-    assert AcceptanceHead(8).accepted(torch.randn(3, 8), own) == pytest.approx(own.tolist())
+    assert AcceptanceHead(8).accepted(torch.randn(3, 8), own).tolist() == pytest.approx(
+        own.tolist()
+    )

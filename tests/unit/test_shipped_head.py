@@ -25,9 +25,7 @@ def told() -> tuple[Tensor, Tensor]:
     records = load_file(RECORDS)
     hidden = records["hidden"].float() * records["scale"].float().unsqueeze(1)
     head = load_head(folder, hidden.shape[1], torch.device("cpu"))
-    return torch.tensor(head.accepted(hidden, records["confidence"].float())), records[
-        "accepted"
-    ].float()
+    return head.accepted(hidden, records["confidence"].float()), records["accepted"].float()
 
 
 def test_it_tells_rejections_from_acceptances(told: tuple[Tensor, Tensor]) -> None:

@@ -5,8 +5,8 @@ swapping, eviction) does not touch the drafter's, which catches up by itself, in
 step's budget. Each token's probability under it is the confidence that length controls stop by;
 with an acceptance head it is the head's word, which comes one token late: until then its own.
 
-Where its steps are captured, all tokens of greedy drafts are one replay (`kvarn.runner.chain`): the
-length control then has its in-round say when they are there.
+Where its steps are captured, several tokens of greedy drafts are one replay (`kvarn.runner.chain`):
+the length control has its in-round say when they are there, and before the next replay.
 
 Drafts are its most likely tokens (DELTA). Where they are to be drawn and the request samples, they
 are drawn as the request's tokens are, at its temperature, top-k, top-p and min-p, and verification
@@ -33,12 +33,15 @@ from kvarn.core.seq import Seq
 from kvarn.kernels.attention import Ints
 from kvarn.kv.manager import KVManager
 from kvarn.models.decoder import Decoder
-from kvarn.runner.chain import Chains
+from kvarn.runner.batch import Batch
+from kvarn.runner.chain import Chains, Said
 from kvarn.runner.drafting import DraftSampler
 from kvarn.runner.executor import Runner
 from kvarn.speculate.part import Ask, LengthControl, Verified
 from kvarn.speculate.train.head import AcceptanceHead
 
+#: tokens of a draft that are one replay; fewer where a head was trained to say where drafts end
+AT_ONCE, JUDGED_AT_ONCE = 8, 4
 #: most likely token, with its probability
 GREEDY = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True, logprobs=0)
 
@@ -270,8 +273,8 @@ class DraftModel(Part):
     def _chain(
         self, chains: Chains, plan: StepPlan, drafts: dict[SeqId, Making], control: LengthControl
     ) -> None:
-        """Whole drafts in one replay, behind a pass for those who are more than two tokens behind:
-        the last of a draft has no KV, which the next one makes if it stands."""
+        """Drafts by replays, behind a pass for those who are more than two tokens behind: the last
+        of a draft has no KV, which the next one makes if it stands."""
         last, behind = list[Span](), list[Span]()
         for span in plan.spans:
             own = min(span.length, 2) if span.seq in drafts else 0
@@ -284,27 +287,54 @@ class DraftModel(Part):
             plan.spans, self._gone = behind, []
             self.runner.run(plan)
             plan = self._plan()
-        if not last:
-            return
-        plan.spans, self._gone = last, []
-        batch = self.runner.lay_out(plan)
-        making = [drafts[last[i].seq] for i in batch.spans.tolist()]
-        found = chains.run(batch, np.array([one.most for one in making], np.int64))
-        for one, said in zip(making, found, strict=True):
-            for token, logprob in said:
-                if one.draft.tokens and not control.goes_on(one.draft.confidence):
-                    break
-                one.draft.tokens.append(token)
-                one.draft.confidence.append(math.exp(logprob))
+        while last:
+            plan.spans, self._gone = last, []
+            batch = self.runner.lay_out(plan)
+            making = [drafts[last[i].seq] for i in batch.spans.tolist()]
+            last = self._replay(chains, batch, making, control)
+            plan = self._plan() if last else plan
+
+    def _replay(
+        self, chains: Chains, batch: Batch, making: list[Making], control: LengthControl
+    ) -> list[Span]:
+        """Some more tokens for each span of a batch; the spans that go on behind them."""
+        at_once = AT_ONCE if self.head is None else JUDGED_AT_ONCE
+        most = [min(one.most - len(one.draft.tokens), at_once) for one in making]
+        sure = [one.draft.confidence[-1] if one.draft.tokens else 1.0 for one in making]
+        found = chains.run(batch, np.array(most, np.int64), sure)
+        spans = list[Span]()
+        for one, count, said in zip(making, most, found, strict=True):
             seq = one.follower.seq
-            seq.computed += one.most - 1
-            one.follower.drafted = one.draft.tokens[:]
+            seq.computed += count - 1
+            if self._take(one, said, control) and len(said) == count:  # else a fault ends it
+                spans.append(Span(seq.id, seq.computed, 1))
+                seq.computed += 1
+        return spans
+
+    def _take(self, one: Making, said: Said, control: LengthControl) -> bool:
+        """Of what a replay says, what the control wants; whether it wants more."""
+        draft, seq = one.draft, one.follower.seq
+        known = len(draft.tokens)
+        for token, logprob, word in said:
+            if draft.tokens:
+                if not control.goes_on(draft.confidence):
+                    break
+                if self.head is not None:
+                    draft.confidence[-1] = word
+            draft.tokens.append(token)
+            draft.confidence.append(math.exp(logprob))
+        one.follower.drafted, new = draft.tokens[:], draft.tokens[known:]
+        if not new or len(draft.tokens) >= one.most or not control.goes_on(draft.confidence):
+            return False
+        image = self.runner.image
+        image.commit(image.row(seq.id), len(seq.tokens) + known, new)
+        return True
 
     def _judge(self, rows: Ints, hidden: Tensor) -> None:
         """What the head says of the tokens that a pass has consumed."""
         assert self.head is not None
         own = torch.tensor([self._own.get(row, 1.0) for row in rows.tolist()])
-        self._accepted = dict(zip(rows.tolist(), self.head.accepted(hidden, own)))
+        self._accepted = dict(zip(rows.tolist(), self.head.accepted(hidden, own).tolist()))
 
     def _go_on(self, drafts: dict[SeqId, Making], control: LengthControl) -> None:
         """A token more for all whose draft is not long enough, until there is nobody left."""

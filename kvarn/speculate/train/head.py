@@ -54,10 +54,10 @@ class AcceptanceHead(nn.Module):
         return odds
 
     @torch.inference_mode()
-    def accepted(self, hidden: Tensor, own: Tensor) -> list[float]:
-        """Probabilities of acceptance, of hidden states of any dtype."""
+    def accepted(self, hidden: Tensor, own: Tensor) -> Tensor:
+        """Probabilities of acceptance [n], of hidden states of any dtype."""
         weight = self.out.weight
-        found: list[float] = self(hidden.to(weight.dtype), own.to(weight)).sigmoid().tolist()
+        found: Tensor = self(hidden.to(weight.dtype), own.to(weight)).sigmoid()
         return found
 
 

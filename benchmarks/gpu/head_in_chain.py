@@ -1,0 +1,102 @@
+"""The acceptance head where a drafting model's passes are one replay: what it costs, what it saves.
+
+    PYTHONPATH=. python benchmarks/gpu/head_in_chain.py [--model FILE.gguf] [--json FILE]
+
+SmolLM2 with the drafter and the head that come with kvarn, one request after the other, greedy, on
+questions that the drafter was not trained on. Stops by the head (`specdec-pp`) with a replay for
+every four passes and with a step of the runner for each, beside a fixed length without a head and
+plain decoding; and the device's time of a pass, with the head and without.
+"""
+
+import argparse
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.verify_gap import Marked
+from kvarn.bench import record
+from kvarn.bench.drift import prompts
+from kvarn.core.request import SamplingParams
+from kvarn.engine.llm import LLM
+from kvarn.speculate.propose.draft_model import JUDGED_AT_ONCE
+from kvarn.speculate.train.load import shipped
+
+MODEL = Path.home() / ".cache" / "kvarn" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+REQUESTS, OUTPUT, REPEATS = 6, 128, 3  #: of a run; tokens; runs behind the one that captures
+COUNTS = ("output_tokens", "steps", "drafted_tokens", "accepted_tokens")
+
+
+def run(llm: LLM, asked: list[list[int]]) -> dict[str, float]:
+    """Rates and counts of all requests, one after the other."""
+    params = SamplingParams(temperature=0, max_tokens=OUTPUT)
+    llm.engine.reset_prefix_cache()
+    before, began = llm.engine.stats(), perf_counter()
+    for one in asked:
+        llm.generate([one], params)
+    seconds, after = perf_counter() - began, llm.engine.stats()
+    found = {name: getattr(after, name) - getattr(before, name) for name in COUNTS}
+    return found | {"tokens_per_s": found["output_tokens"] / seconds}
+
+
+def pass_s(marked: Marked) -> float:
+    """Median time of a pass of a replay on the device [s]."""
+    torch.cuda.synchronize()
+    return median(a.elapsed_time(b) for a, b in marked.marks) / 1e3 / JUDGED_AT_ONCE
+
+
+def main() -> None:
+    """All settings, in turns."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=str(MODEL))
+    parser.add_argument("--json", default=None)
+    given = parser.parse_args()
+    common: dict[str, Any] = {"model": given.model, "max_len": 512, "max_seqs": 4}
+    drafted = common | {
+        "speculate": "draft", "draft_model": str(shipped("smollm2-135m")),
+        "draft_choice": "likeliest",
+    }  # fmt: skip
+    fixed = drafted | {"draft_length": "fixed", "draft_tokens": JUDGED_AT_ONCE}
+    headed = drafted | {"draft_length": "specdec-pp", "draft_tokens": 12}
+    engines = {
+        "plain": LLM(**common),
+        f"fixed {JUDGED_AT_ONCE}, no head": LLM(**fixed),
+        "specdec-pp, replays": LLM(**headed),
+        "specdec-pp, single passes": LLM(**headed),
+    }
+    marks = dict[str, Marked]()
+    for name, llm in engines.items():
+        engine: Any = llm.engine
+        if name.endswith("single passes"):
+            engine.speculation.proposer.chains = None
+        elif engine.speculation is not None:
+            marks[name] = Marked(engine.speculation.proposer.runner.graphs)
+    tokenizer: Any = engines["plain"].tokenizer
+    chats = [[{"role": "user", "content": text}] for text in prompts("talk", REQUESTS)]
+    asked = [tokenizer.encode(tokenizer.chat(chat), add_special=False) for chat in chats]
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
+    for turn in range(REPEATS + 1):
+        for name, llm in engines.items():
+            if name in marks:
+                marks[name].marks.clear()
+            once = run(llm, asked)
+            runs[name] += [once] if turn else []
+    rows = list[dict[str, Any]]()
+    plain = median(one["tokens_per_s"] for one in runs["plain"])
+    for name, found in runs.items():
+        rate = median(one["tokens_per_s"] for one in found)
+        row = {"setting": name, "tokens_per_s": rate, "ratio": rate / plain}
+        row |= {"pass_s": pass_s(marks[name]) if name in marks else None}
+        rows.append(row | {key: found[-1][key] for key in COUNTS} | {"runs": found})
+        print({key: value for key, value in rows[-1].items() if key != "runs"}, flush=True)
+    said = {"requests": REQUESTS, "output": OUTPUT, "repeats": REPEATS}
+    header = record.header("head_in_chain", said, headed | {"model": Path(given.model).stem})
+    record.write(header | {"results": rows}, given.json)
+    for llm in engines.values():
+        llm.close()
+
+
+if __name__ == "__main__":
+    main()
