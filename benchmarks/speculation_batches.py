@@ -70,6 +70,20 @@ class Kind:
     chains: Chains | None = None  #: a drafting model's: its passes are one replay
 
 
+class Told:
+    """A control that hears of every drafted token that it stands with the synthetic share."""
+
+    def __init__(self, control: LengthControl, share: float) -> None:
+        self.control, self.share = control, share
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.control, name)
+
+    def goes_on(self, confidence: Sequence[float]) -> bool:
+        """As the control."""
+        return self.control.goes_on([self.share] * len(confidence))
+
+
 def kind(control: str, share: float = 0.0, most: int = LONGEST) -> Kind:
     """By the name of the control."""
     length = f" {most}" if control == "fixed" else ""
@@ -102,6 +116,8 @@ def use(llm: LLM, chosen: Kind, speculation: Any) -> None:
         speculation.proposer.acceptance = chosen.share
     if isinstance(speculation.proposer, DraftModel):
         speculation.proposer.chains = chosen.chains
+        if chosen.share:  # what random weights think of their drafts says nothing of their fate
+            speculation.length = Told(chosen.control, chosen.share)
 
 
 def chained(llm: LLM, kinds: list[Kind]) -> list[Kind]:

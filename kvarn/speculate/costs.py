@@ -56,11 +56,15 @@ class Measured:
         """A step whose time says nothing, with prompts in it."""
         self._ahead = ahead
 
-    def saw_draft(self, seqs: int, most: int, seconds: float, read: int = 0) -> None:
+    def saw_draft(
+        self, seqs: int, most: int, seconds: float, read: int = 0, asked: int = 0
+    ) -> None:
         """Drafting for so many sequences, at most so many tokens, took so long, in which so many of
-        the sequences' tokens were read; 0 sequences: nothing came of it."""
-        if read > MUCH * seqs:
-            usual = self.draft(seqs, most) if seqs else 0.0
+        the sequences' tokens were read; 0 sequences: nothing came of it. `asked`: for how many
+        drafts were wanted, if that is more."""
+        asked = max(asked, seqs)
+        if read > MUCH * asked:
+            usual = self.draft(asked, max(most, 1)) if asked else 0.0
             self._reads.append(max(0.0, seconds - usual) / read)
         elif seqs:
             self._drafts.setdefault(most, _Curve()).add(seqs, seconds)

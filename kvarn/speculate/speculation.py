@@ -90,7 +90,7 @@ class Speculation:
         most = max((len(draft.tokens) for draft in self._drafts.values()), default=0)
         read = behind - self._behind(asks)
         if self.captures() == self._captured:
-            self.costs.saw_draft(len(self._drafts), most, self._drafting, read)
+            self.costs.saw_draft(len(self._drafts), most, self._drafting, read, len(asks))
         return self._drafts
 
     def _behind(self, asks: list[Ask]) -> int:

@@ -68,3 +68,15 @@ def test_time_to_read_is_no_time_to_draft() -> None:
     assert costs.reading(2000) == pytest.approx(0.02)
     costs.saw_draft(0, 0, 0.01, read=1000)  # all were behind
     assert costs.reading(1000) == pytest.approx(0.01)
+
+
+def test_a_draft_that_finds_nothing_is_no_reading() -> None:
+    """The few tokens that came since the last draft are read by any: their share of its time says
+    nothing of what a prompt takes."""
+    costs = Measured()
+    for _ in range(20):
+        costs.saw_draft(0, 0, 1e-4, read=3, asked=1)
+    assert costs.reading(1000) == 0.0
+    for _ in range(3):
+        costs.saw_draft(0, 0, 1e-3, read=1000, asked=1)
+    assert costs.reading(1000) == pytest.approx(1e-3)
