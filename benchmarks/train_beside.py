@@ -1,12 +1,12 @@
 """Does serving slow down while a drafter learns beside it, and does the learning give way to load?
 
-    python benchmarks/train_beside.py [--model FILE.gguf] [--load SHARE | --rate N] [--turns N]
-                                      [--seconds N] [--json FILE]
+    python benchmarks/train_beside.py [--model FILE.gguf] [--learns on|idle] [--turns N]
+                                      [--load SHARE | --rate N] [--seconds N] [--json FILE]
 
 SmolLM2 with the drafter that comes with kvarn, twice in one process: A drafts and does not learn, B
-learns in its thread. They take turns with the same requests at the same times (Poisson arrivals, on
-subjects that the drafter was not trained on), with idle time between them. A's turns begin when B's
-thread has nothing to do.
+learns in its thread, beside the steps or only while no request runs. They take turns with the same
+requests at the same times (Poisson arrivals, on subjects that the drafter was not trained on), with
+idle time between them. A's turns begin when B's thread has nothing to do.
 
 Measured is the time per output token of each request, from when its tokens came out of `step`. What
 B learns makes it faster and what it keeps for learning makes it slower, so its requests and its
@@ -569,7 +569,7 @@ def run(given: argparse.Namespace) -> None:
         "speculate": "draft", "draft_model": str(shipped("smollm2-135m")),
         "draft_choice": "likeliest", "draft_length": "fixed", "draft_tokens": DRAFT,
     }  # fmt: skip
-    sides = [Side.of(name, options | {"train_drafter": name}) for name in ("off", "on")]
+    sides = [Side.of(name, options | {"train_drafter": name}) for name in ("off", given.learns)]
     watch = sides[1].watch
     assert watch is not None
     texts = Texts(sides[0].engine)
@@ -577,6 +577,7 @@ def run(given: argparse.Namespace) -> None:
     said = {
         "phases": PHASES, "load": given.load, "output": given.output, "turns": given.turns,
         "seconds": given.seconds, "warm_up": given.warm_up, "least": LEAST,
+        "learns": given.learns,
     }  # fmt: skip
     shown = {"model": Path(given.model).stem, "draft_model": Path(options["draft_model"]).name}
     result = record.header("train_beside", said, options | shown) | {"rate": rate}
@@ -611,6 +612,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=float, default=0.5, help="of a turn, not counted [s]")
     parser.add_argument("--output", type=int, default=64, help="tokens of an answer, at most")
     parser.add_argument("--seqs", type=int, default=16, help="sequences at once, at most")
+    parser.add_argument("--learns", default="idle", choices=("on", "idle"), help="when B learns")
     parser.add_argument("--json", default=None)
     given = parser.parse_args()
     if not 0 < given.load < 1 or given.turns < 1:

@@ -9,6 +9,7 @@ KINDS = {
     "beside": "B's thread computed meanwhile",
     "apart": "it did not",
 }
+WHEN = {"on": "beside the steps", "idle": "only while no request runs"}
 
 
 def train_beside(result: dict[str, Any]) -> Lines:
@@ -16,7 +17,8 @@ def train_beside(result: dict[str, Any]) -> Lines:
     said, config = result["workload"], result["config"]
     lines = [
         f"{config['model']} and its drafter ({config['draft_tokens']} tokens a round), twice in "
-        "one process: A's does not learn, B's learns in a thread. In turns they serve the same "
+        f"one process: A's does not learn, B's learns in a thread, {WHEN[said['learns']]}. In "
+        "turns they serve the same "
         f"requests at the same times, {result['rate']:.2f} a second, up to {said['output']} tokens "
         f"an answer, {config['max_seqs']} at once. Requests of at least {said['least']} tokens "
         "count, where nothing was captured meanwhile on either side. By turn: p95 of the time per "

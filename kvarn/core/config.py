@@ -57,7 +57,9 @@ class EngineConfig:
         "drawn", "a drafting model's tokens: drawn at the request's temperature, or likeliest"
     )
     train_drafter: str = option(
-        "off", "the drafter learns from live traffic: off, on (a thread beside the steps), inline"
+        "off",
+        "the drafter learns from live traffic: off, on (a thread beside the steps), idle (a thread "
+        "while no request runs), inline",
     )
     synthetic_acceptance: float = option(
         0.0, "accept drafts with this probability instead of judging them: speed only, never output"
@@ -152,7 +154,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kv_dtype": ("auto", "fp8"),
     "draft_choice": ("drawn", "likeliest"),
     "draft_shape": ("chain", "tree"),
-    "train_drafter": ("off", "on", "inline"),
+    "train_drafter": ("off", "on", "idle", "inline"),
 }
 
 

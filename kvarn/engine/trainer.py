@@ -58,5 +58,5 @@ def make_trainer(
     def ask(count: int) -> None:
         runner.alternatives = count
 
-    pace = Pace(share=1.0) if inline else Pace()
+    pace = Pace(share=1.0) if inline else Pace(idle=config.train_drafter == "idle")
     return OnlineTrainer(updater, worker, updater.weights(), proposer.renew, ask, pace)

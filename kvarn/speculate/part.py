@@ -156,10 +156,10 @@ class Trainer(Protocol):
         """The sequence has ended, with `seq.tokens` as they are."""
         ...
 
-    def between_steps(self, busy: bool, now: float) -> None:
+    def between_steps(self, waits: bool, runs: bool, now: float) -> None:
         """No draft is being made or judged: new weights may be put in force.
 
-        `busy`: requests wait for a place; `now`: any steady clock [s].
+        Whether requests wait for a place, whether any run; `now`: any steady clock [s].
         """
         ...
 

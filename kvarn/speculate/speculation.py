@@ -31,7 +31,8 @@ class Speculation:
     def between_steps(self, control: ControlPlane) -> None:
         """Before a step is planned: nothing is drafted, and no draft waits for its judgement."""
         if self.trainer is not None:
-            self.trainer.between_steps(bool(control.queues.waiting), self.clock())
+            queues = control.queues
+            self.trainer.between_steps(bool(queues.waiting), bool(queues.running), self.clock())
 
     def lengths(self, control: ControlPlane) -> dict[SeqId, int]:
         """Tokens to draft for whom in this round; empty: a step as without speculation.

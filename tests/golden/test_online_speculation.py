@@ -57,7 +57,7 @@ def training(
     assert engine.speculation is not None
     trainer = engine.speculation.trainer
     assert isinstance(trainer, OnlineTrainer)
-    trainer.pace = Pace(interval=2, share=1.0)
+    trainer.pace = Pace(interval=2, share=1.0, idle=mode == "idle")
     trainer.versions = Versions(window=8, margin=0.9)
     return engine, trainer
 
@@ -232,6 +232,21 @@ def test_a_target_with_an_output_matrix_of_its_own_is_refused(
             tiny_folder("llama"), draft_model=str(Path(folders["small"])), train_drafter="on",
             **DRAFTED,
         )  # fmt: skip
+
+
+def test_idle_learns_only_while_no_request_runs(folders: dict[str, str]) -> None:
+    engine, trainer = training(folders, "small", "idle")
+    told, tell, queues = list[bool](), trainer.worker.yields, engine.control.queues
+
+    def heard(busy: bool) -> None:
+        assert busy == bool(queues.waiting or queues.running)
+        told.append(busy)
+        tell(busy)
+
+    trainer.worker.yields = heard  # type: ignore[method-assign]
+    run(engine, make_requests(8, seed=2), seed=0)
+    assert trainer.failed == "" and told[-1] is False and any(told)
+    engine.close()
 
 
 def test_it_learns_while_nobody_asks(folders: dict[str, str]) -> None:

@@ -1,5 +1,7 @@
 """Versions of a drafter: published when the one before is known, taken back when they do worse."""
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 
@@ -105,6 +107,20 @@ def test_what_a_job_raises_comes_with_its_result() -> None:
                 pass
         assert not worker.works
         worker.close()
+
+
+def test_a_nice_process_has_no_nicer_steps_than_its_thread() -> None:
+    code = """
+import os, threading
+from kvarn.speculate.train.worker import Background
+worker = Background()
+mine = os.getpriority(os.PRIO_PROCESS, threading.main_thread().native_id)
+its = worker._pool.submit(lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+assert mine <= its.result() and its.result() >= 10, (mine, its.result())
+worker.close()
+"""
+    for nice in ("0", "15"):
+        subprocess.run(["nice", "-n", nice, sys.executable, "-c", code], check=True)
 
 
 def test_the_thread_leaves_torch_as_it_was() -> None:

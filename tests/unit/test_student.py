@@ -78,16 +78,30 @@ def test_going_back_is_exact_and_a_copy_does_not_follow() -> None:
 
 def test_stopping_is_between_lessons() -> None:
     """What is stopped within a batch has learnt from the batches before, and no more."""
-    one, stopped = (Student(tiny_network(), Recipe(batch=2, passes=1)) for _ in range(2))
-    for student, answers in ((one, [True] * 2), (stopped, [True] * 3)):
-        told = iter([*answers, False])
+    one, stopped, none = (Student(tiny_network(), Recipe(batch=2, passes=1)) for _ in range(3))
+    asks = 1 + 2 * len(one.network.layers)  # of a lesson
+    for student, lessons in ((one, 2), (stopped, 3)):
+        told = iter([True] * lessons * asks + [False] * asks)
         assert student.learn(tiny_lessons(), lambda told=told: next(told)) is not None
         assert 0 < student.labels <= 2 * 14
     assert all(torch.equal(x, one.weights()[name]) for name, x in stopped.weights().items())
-    first = iter([True, False])
-    assert (
-        Student(tiny_network(), Recipe(batch=2)).learn(tiny_lessons(), lambda: next(first)) is None
-    )
+    told = iter([True] * asks + [False] * asks)
+    assert none.learn(tiny_lessons(), lambda: next(told)) is None and none.labels == 0
+
+
+def test_it_can_pause_between_layers_and_learns_the_same() -> None:
+    asked, lessons = list[int](), tiny_lessons()
+    straight, paused = (Student(tiny_network(), Recipe(passes=1)) for _ in range(2))
+    straight.learn(lessons)
+
+    def go_on() -> bool:
+        asked.append(1)
+        return True
+
+    paused.learn(lessons, go_on)
+    layers = len(paused.network.layers)
+    assert len(asked) == len(lessons) * (1 + 2 * layers)
+    assert all(torch.equal(x, straight.weights()[name]) for name, x in paused.weights().items())
 
 
 def test_a_loss_that_is_no_number_is_an_error() -> None:

@@ -7,6 +7,7 @@ matrix that it multiplies by, which for a small target are most of what a draft 
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,14 +104,21 @@ class Network(nn.Module):
         rates = frequencies(spec.head_dim, spec.rope_theta, spec.rope_scaling)
         self.register_buffer("rates", rates, persistent=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Hidden states; what follows a row's end is of no consequence to what comes before."""
+    def forward(self, tokens: Tensor, pause: Callable[[], object] | None = None) -> Tensor:
+        """Hidden states; what follows a row's end is of no consequence to what comes before.
+
+        `pause` is called between layers, forward and back: it may wait.
+        """
         places = torch.arange(tokens.shape[1], dtype=torch.float32, device=tokens.device)
         angles = torch.outer(places, self.rates).repeat(1, 2)
         turns = angles.cos(), angles.sin()
         x = embedding(tokens, self.embed).float()
         for layer in self.layers:
             x = layer(x, turns)
+            if pause is not None:
+                pause()
+                if x.requires_grad:
+                    x.register_hook(_hook(pause))
         hidden: Tensor = self.norm(x)
         return hidden
 
@@ -122,6 +130,15 @@ class Network(nn.Module):
         found = hidden.new_full((len(hidden), len(self.embed)), -torch.inf, dtype=torch.float32)
         drafts = self.drafts.to(hidden.device)
         return found.index_copy_(1, drafts, (hidden @ self.embed[drafts].T).float())
+
+
+def _hook(pause: Callable[[], object]) -> Callable[[Tensor], None]:
+    """What it returns would take the gradient's place: nothing."""
+
+    def hook(_: Tensor) -> None:
+        pause()
+
+    return hook
 
 
 def _turned(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:

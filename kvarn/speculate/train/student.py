@@ -63,7 +63,8 @@ class Student:
     def learn(
         self, lessons: Sequence[Lesson], go_on: Callable[[], bool] = lambda: True
     ) -> float | None:
-        """Mean loss [nats] of the batches of an update; `go_on` is asked before each lesson.
+        """Mean loss [nats] of the batches of an update; `go_on` is asked before each lesson, and
+        within one before each layer, forward and back, where its answer is of no consequence.
 
         None: there was nothing to learn from, or it was stopped first. Raises `FloatingPointError`
         where the loss is no number.
@@ -100,7 +101,7 @@ class Student:
             if not go_on():
                 return None
             with autocast(self.network.embed.device):
-                loss = lesson_loss(self.network, [one], self.how, self._generator)
+                loss = lesson_loss(self.network, [one], self.how, self._generator, go_on)
                 loss = loss * (len(one.labels) / labels)
             found += loss.item()
             if not math.isfinite(found):
@@ -116,11 +117,15 @@ class Student:
 
 
 def lesson_loss(
-    network: Network, batch: Sequence[Lesson], how: Recipe, generator: torch.Generator
+    network: Network,
+    batch: Sequence[Lesson],
+    how: Recipe,
+    generator: torch.Generator,
+    pause: Callable[[], object] | None = None,
 ) -> Tensor:
-    """Mean loss over the labels of the batch [nats]."""
+    """Mean loss over the labels of the batch [nats]; `pause` as in `Network`."""
     tokens = pad_sequence([torch.tensor(one.tokens) for one in batch], batch_first=True)
-    states = network(tokens)
+    states = network(tokens, pause)
     # the state at a token foretells the next one
     at = [(row, label.place - 1) for row, one in enumerate(batch) for label in one.labels]
     rows, places = torch.tensor(at).T

@@ -11,7 +11,8 @@ their catching up; KV that waits for prefix hits goes, since it would stay for e
 version is taken back all of its KV goes with it.
 
 Regime: traffic that differs from what the drafter was trained on, and stays so for hundreds of
-requests. Costs processor time that steps could have used, so it loses on a device that is busy.
+requests. Costs processor time that steps could have used, and turns at Python's one lock, so it
+loses on a device that is busy; `idle` learns only while no request runs.
 """
 
 import logging
@@ -38,6 +39,7 @@ class Pace:
 
     interval: int = 8  #: sequences that end before the next, as in arXiv 2310.07177
     share: float = 0.25  #: of one core, on average, at most; where updates are made in a thread
+    idle: bool = False  #: only while no request runs
 
 
 class OnlineTrainer(Part):
@@ -96,13 +98,12 @@ class OnlineTrainer(Part):
 
     # what goes out
 
-    def between_steps(self, busy: bool, now: float) -> None:
-        """No draft is being made or judged. `busy`: requests wait; `now`: any steady clock [s].
-
-        Raises nothing: an error ends the training, and takes back what is on trial.
-        """
+    def between_steps(self, waits: bool, runs: bool, now: float) -> None:
+        """See `Trainer`. Raises nothing: an error ends the training, and takes back what is on
+        trial."""
         if self.failed:
             return
+        busy = waits or (runs and self.pace.idle)
         try:
             self.worker.yields(busy)
             self._judge()
