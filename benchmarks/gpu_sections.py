@@ -119,3 +119,89 @@ def two_trees(result: dict[str, Any]) -> Lines:
 
 def _spread(times: list[float]) -> str | None:
     return percent((max(times) - min(times)) / median(times)) if len(times) > 1 else None
+
+
+def attention_plans(result: dict[str, Any]) -> Lines:
+    """Balanced work, and prefixes that are read once."""
+    said = result["workload"]
+    balanced = [
+        [row["case"], row["whole_us"], row["cut_us"], f"{cell(row['times'])}x"]
+        for row in result["balanced"]
+    ]
+    shared = [
+        [row["sharers"], row["prefix"], row["flat_us"], row["once_us"], row["chosen_us"],
+         f"{cell(row['times'])}x", row["difference"]]
+        for row in result["shared"]
+    ]  # fmt: skip
+    return [
+        f"`benchmarks/gpu/attention_plans.py`: {said['heads']}/{said['kv_heads']} heads of "
+        f"{said['dim']}, bf16, pages of {said['page']} in random order; microseconds a layer, "
+        "attention and merge. One row for each length; a program for each row and KV head, and cut "
+        "so that all programs have as much to do:",
+        "",
+        *table(["rows", "a program each", "cut", "faster"], balanced),
+        "",
+        "Rows that share a prefix, and have 256 positions of their own behind it: read by each, "
+        "read once, and as the plan chooses; the largest difference of the outputs.",
+        "",
+        *table(["rows", "prefix", "by each", "once", "chosen", "faster", "difference"], shared),
+    ]
+
+
+def context_channels(result: dict[str, Any]) -> Lines:
+    """What a long context costs, beside three fitted efficiencies."""
+    said, fitted = result["workload"], result["efficiencies"]
+    rows = [
+        [row["context"], row["channel"], row["users"], row["measured_s"], row["predicted_s"],
+         percent(row["error"])]
+        for row in result["results"]
+    ]  # fmt: skip
+    shares = ", ".join(f"{name} {value:.3f}" for name, value in fitted.items())
+    return [
+        f"`benchmarks/gpu/context_channels.py`: {result['config']['model']}, random weights: a "
+        "prompt alone up to its first token, a decode step of so many sequences, and all KV of a "
+        "sequence out to pinned host memory and back. Beside the closed forms of "
+        f"[sessions](cost-model.md#sessions) with three efficiencies ({shares} of the peaks of "
+        f"{said['priced_as']}), which were fitted to one sequence at {said['fit']} and to nothing "
+        "else. Errors may be 15 %.",
+        "",
+        *table(["context", "what", "sequences", "measured [s]", "predicted [s]", "error"], rows),
+    ]
+
+
+def verify_gap(result: dict[str, Any]) -> Lines:
+    """How long the device waits for the host between steps."""
+    said = result["workload"]
+    rows = [
+        [row["step"], row["batch"], 1e3 * row["step_s"], 1e3 * row["gap_s"], percent(row["share"])]
+        for row in result["results"]
+    ]
+    return [
+        f"`benchmarks/gpu/verify_gap.py`: {result['config']['model']}, random weights; steps that "
+        f"verify {said['drafts']} drafts that cost nothing, accepted with {said['acceptance']}, "
+        "beside plain ones, by events on the device around every replay. A plain step is handed "
+        "over while the one before it runs; one that verifies waits for what stands.",
+        "",
+        *table(["step", "sequences", "from replay to replay [ms]", "device waits [ms]", "share"],
+               rows),
+    ]  # fmt: skip
+
+
+def head_in_chain(result: dict[str, Any]) -> Lines:
+    """The acceptance head in a chain of passes."""
+    rows = [
+        [row["setting"], row["tokens_per_s"], row["ratio"],
+         None if row["pass_s"] is None else 1e6 * row["pass_s"],
+         row["output_tokens"] / (row["output_tokens"] - row["accepted_tokens"]),
+         row["drafted_tokens"]]
+        for row in result["results"]
+    ]  # fmt: skip
+    names = ["setting", "tok/s", "over plain", "device, a pass [us]", "tokens a round", "drafted"]
+    return [
+        f"`benchmarks/gpu/head_in_chain.py`: {result['config']['model']} with its drafter, one "
+        "request after the other, greedy. Drafts that end by the acceptance head, its word part of "
+        "the replay of four passes or asked for after each pass; beside a fixed length without a "
+        "head.",
+        "",
+        *table(names, rows),
+    ]

@@ -13,9 +13,11 @@ import engine_sections as engine
 import gpu_sections as gpu
 import part_results
 import proposer_sections as proposing
+import recorded_sections as recorded
 import sim_sections as sim
 import sparsity_sections as sparsity
 import speculation_sections as speculation
+import training_sections as training
 from cells import RESULTS, ROOT, Lines
 
 PAGE = ROOT / "docs" / "results.md"
@@ -36,14 +38,20 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "gpu_engines": ("Engines side by side on a GPU", gpu.gpu_engines),
     "two_trees": ("Dense steps before and after a change, on a GPU", gpu.two_trees),
     "gpu_attention": ("Attention alone on a GPU", gpu.gpu_attention),
+    "attention_plans": ("How attention is planned, on a GPU", gpu.attention_plans),
+    "context_channels": ("What a long context costs, on a GPU", gpu.context_channels),
     "speculation_batches": ("Speculation against batch size", speculation.speculation_batches),
+    "recorded_drafts": ("Drafts of an agent that repeats itself", recorded.recorded_drafts),
+    "verify_gap": ("Between steps that verify, on a GPU", gpu.verify_gap),
     "drafter": ("The drafter of SmolLM2", speculation.drafter),
     "reproduce": ("Speculation on real text", speculation.reproduce),
     "reproduce-lengths": ("Lengths of drafts on modelled machines", speculation.lengths),
     "proposers": ("Drafts without a model", proposing.proposers),
     "acceptance_head": ("Will a draft be accepted", speculation.acceptance_head),
+    "head_in_chain": ("The acceptance head on a GPU", gpu.head_in_chain),
     "reproduce-stops": ("Where a draft ends", speculation.stops),
     "online_spec": ("A drafter that learns", speculation.online_spec),
+    "train_beside": ("Learning beside serving", training.train_beside),
     "reproduce-kept": ("The KV that is kept, on text", sparsity.kept),
     "reproduce-streaming": ("A stream longer than the cache", sparsity.streaming),
     "reproduce-filter": ("Prompts of which a part goes on", sparsity.filtered),

@@ -4,6 +4,7 @@
     python benchmarks/train_drafter.py train WORK     # distil
     python benchmarks/train_drafter.py measure WORK   # acceptance on topics never trained on
     python benchmarks/train_drafter.py head WORK      # its acceptance head
+    python benchmarks/train_drafter.py calibrate WORK # the head that there is, on other text
 
 `WORK` is a folder for text. On an NVIDIA GPU where there is one: give `--minutes`,
 `--epochs` and `--batch` that fit. The drafter goes to `--folder`, by default the one that kvarn
@@ -36,10 +37,11 @@ ROOT = Path(__file__).resolve().parent.parent
 LESSON = ("confidence", "accepted", "hidden")  #: fields
 #: held-out text by name -> temperature it is written at
 HELD_OUT = {"greedy": 0.0, "sampled": 1.0}
+APART = "apart-"  #: before the names of texts on the topics of training, to calibrate the head with
 
 
 def write_corpus(args: argparse.Namespace) -> None:
-    """Text to train on for `--minutes`, then the text to measure with."""
+    """Text to train on for `--minutes`, then the texts to calibrate and to measure with."""
     from kvarn.engine.llm import LLM
 
     teacher = whole_target(args)
@@ -55,10 +57,11 @@ def write_corpus(args: argparse.Namespace) -> None:
         llm, teacher, args.work / "train", 10_000, per_shard=args.per_shard, go_on=go_on
     )
     for seed, (name, heat) in enumerate(HELD_OUT.items(), 1):
-        corpus.generate(
-            llm, teacher, args.work / name, 1, held_out=True, per_shard=args.held_out,
-            max_tokens=128, temperatures={heat: 1.0}, seed=1_000_000 * seed,
-        )  # fmt: skip
+        for at, (folder, held_out) in enumerate(((name, True), (f"{APART}{name}", False))):
+            corpus.generate(
+                llm, teacher, args.work / folder, 1, held_out=held_out, per_shard=args.held_out,
+                max_tokens=128, temperatures={heat: 1.0}, seed=1_000_000 * (seed + 2 * at),
+            )  # fmt: skip
     llm.close()
 
 
@@ -153,10 +156,27 @@ def train_head(args: argparse.Namespace) -> None:
     """The acceptance head of the drafter, and what it knows of topics never trained on."""
     target = load(resolve({"model": TARGET}))
     network, began = load_network(args.folder, target), time.perf_counter()
-    samples = corpus.read(args.work / "train")[: args.texts]
-    taught = head_.lessons(network, samples, seed=0)
-    print(f"{len(taught)} lessons, {time.perf_counter() - began:.0f} s", flush=True)
-    found = head_.train_head(taught, weight=args.weight)
+    about: dict[str, Any] = {}
+    if args.stage == "head":
+        samples = corpus.read(args.work / "train")[: args.texts]
+        taught = head_.lessons(network, samples, seed=0)
+        print(f"{len(taught)} lessons, {time.perf_counter() - began:.0f} s", flush=True)
+        found = head_.train_head(taught, weight=args.weight)
+        about = {
+            "texts": len(samples), "drafts": sum(len(one.accepted) for one in taught),
+            "weight_of_rejections": args.weight,
+        }  # fmt: skip
+    else:
+        found = head_.load_head(args.folder, network.spec.hidden, torch.device("cpu"))
+        about = {"trained": head_.read_about(args.folder)}
+    chance = torch.Generator().manual_seed(2)
+    apart = {name: corpus.read(args.work / f"{APART}{name}") for name in HELD_OUT}
+    told = [
+        [head_.lesson(network, one, HELD_OUT[name] == 0, chance) for one in texts]
+        for name, texts in apart.items()
+    ]
+    head_.calibrate(found, told)
+    about["calibrated_on"] = {name: len(texts) for name, texts in apart.items()}
     seconds = time.perf_counter() - began
     asked = {name: corpus.read(args.work / name) for name in HELD_OUT}
     seen = {
@@ -165,11 +185,7 @@ def train_head(args: argparse.Namespace) -> None:
     }
     for name, row in seen.items():
         print(name, row)
-    about = {
-        "texts": len(samples), "drafts": sum(len(one.accepted) for one in taught),
-        "weight_of_rejections": args.weight, "seconds": round(seconds, 1),
-        "threads": torch.get_num_threads(),
-    }  # fmt: skip
+    about |= {"seconds": round(seconds, 1), "threads": torch.get_num_threads()}
     head_.save_head(found, args.folder, about)
     header = record.header("acceptance_head", about, {"target": TARGET})
     record.write(header | {"results": seen}, args.json)
@@ -188,7 +204,7 @@ def _judged(
     order = fit_q.argsort()
     rising = torch.from_numpy(isotonic_regression(fit_a[order].double().numpy()).x)
     at = torch.searchsorted(fit_q[order].contiguous(), q).clamp_max(len(order) - 1)
-    said = head.accepted(hidden, q).cpu()
+    said = head.accepted(hidden, q, int(not greedy))
     return {
         "drafts": len(q),
         "acceptance": accepted.mean().item(),
@@ -202,7 +218,7 @@ def _judged(
 def main() -> None:
     """One stage."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=("corpus", "train", "measure", "head"))
+    parser.add_argument("stage", choices=("corpus", "train", "measure", "head", "calibrate"))
     parser.add_argument("work", type=Path)
     parser.add_argument("--folder", type=Path, default=ROOT / "kvarn/speculate/drafters" / TARGET)
     parser.add_argument("--json", default=None, help="of measure and head")
@@ -214,7 +230,7 @@ def main() -> None:
     parser.add_argument("--seqs", type=int, default=96, help="written at once")
     parser.add_argument("--per-shard", type=int, default=256, help="texts of a file")
     parser.add_argument(
-        "--held-out", type=int, default=96, help="texts to measure with, of each kind"
+        "--held-out", type=int, default=96, help="texts to calibrate and to measure with, each kind"
     )
     parser.add_argument("--kv-memory", type=float, default=0.0, help="of writing text [GiB]")
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 29], help="to begin from")
@@ -230,6 +246,7 @@ def main() -> None:
         "train": train_drafter,
         "measure": measure_drafter,
         "head": train_head,
+        "calibrate": train_head,
     }
     stages[args.stage](args)
 

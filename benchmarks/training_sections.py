@@ -15,11 +15,11 @@ WHEN = {"on": "beside the steps", "idle": "only while no request runs"}
 def train_beside(result: dict[str, Any]) -> Lines:
     """What learning costs those who are served meanwhile, and whether it gives way."""
     said, config = result["workload"], result["config"]
+    when = WHEN[said.get("learns", "on")]
     lines = [
         f"{config['model']} and its drafter ({config['draft_tokens']} tokens a round), twice in "
-        f"one process: A's does not learn, B's learns in a thread, {WHEN[said['learns']]}. In "
-        "turns they serve the same "
-        f"requests at the same times, {result['rate']:.2f} a second, up to {said['output']} tokens "
+        f"one process: A's does not learn, B's learns in a thread, {when}. In turns they serve the "
+        f"same requests at the same times, {result['rate']:.2f} a second, {said['output']} tokens "
         f"an answer, {config['max_seqs']} at once. Requests of at least {said['least']} tokens "
         "count, where nothing was captured meanwhile on either side. By turn: p95 of the time per "
         "output token, share of the time with work, share of the time in which B's thread "

@@ -366,7 +366,7 @@ class Runner:
         rows, lengths = batch.rows[batch.logits_spans], batch.lengths
         drafted = self._drafted(batch, logits.shape[1]) if batch.drafts else None
         if self.alternatives and batch.drafts:
-            step.alternatives = most_likely(logits, self.alternatives)
+            step.keep(most_likely(logits, self.alternatives))
         alone = drafted is None or drafted.drawn is None
         if self.state is not None and alone and self.sampler.plain(rows):
             arrays = self.sampler.parameters(rows, lengths)

@@ -29,8 +29,9 @@ class InFlight:
     batch: Batch | None = None
     owners: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     at: Ints = field(default_factory=lambda: np.zeros(0, np.int64))  #: where the tokens go
-    #: by row of the logits, before any rule or temperature; None: nobody asked
-    alternatives: list[list[tuple[int, float]]] | None = None
+    #: of each row of the logits, before any rule or temperature: [2, R, k], the most likely tokens
+    #: and their logprobs, on the host as `_tokens` are; None: nobody asked
+    alternatives: Tensor | None = None
     choices: dict[int, Tensor] = field(default_factory=dict)  #: by span, as `choose` was told
     _tokens: Tensor | None = None  #: on the host once `_done` has happened
     _done: torch.cuda.Event | None = None
@@ -53,6 +54,10 @@ class InFlight:
     def fetch(self, tokens: Tensor) -> None:
         """Start copying the tokens [R] to the host."""
         self._tokens = self._to_host(tokens)
+
+    def keep(self, alternatives: Tensor) -> None:
+        """Start copying them to the host."""
+        self.alternatives = self._to_host(alternatives)
 
     def choose(self, span: int, found: Tensor) -> None:
         """What goes on of the prompt that `span` ends: positions, how many the scores lacked."""
@@ -169,8 +174,10 @@ class InFlight:
             self.image.commit(row, length, run.tokens)
             self.outcome.tokens[span] = run.tokens
             if self.alternatives is not None and draft.tokens:
-                there = [self.alternatives[first + row] for row in run.rows]
-                self.outcome.alternatives[span] = there
+                ids, sure = self.alternatives[:, [first + row for row in run.rows]].tolist()
+                self.outcome.alternatives[span] = [
+                    list(zip(map(int, tokens), logprobs)) for tokens, logprobs in zip(ids, sure)
+                ]
             if first in sampled.logprobs:
                 extra = self.outcome.extras.setdefault(span, SpanResult())
                 extra.logprobs = [sampled.logprobs[first + row] for row in run.rows]

@@ -25,13 +25,12 @@ def logprobs(logits: Tensor, tokens: list[int], k: int) -> list[TokenLogprobs]:
     return found
 
 
-def most_likely(logits: Tensor, k: int) -> list[list[tuple[int, float]]]:
-    """The `k` most likely tokens of each row of `logits` [R, V] and their logprobs, best first."""
+def most_likely(logits: Tensor, k: int) -> Tensor:
+    """The `k` most likely tokens of each row of `logits` [R, V] and their logprobs, best first:
+    [2, R, k] in fp32, where ids are exact below 2^24."""
     best = logits.topk(min(k, logits.shape[1]), dim=-1)
     values = best.values - logits.logsumexp(-1, keepdim=True)
-    return [
-        list(zip(ids, row)) for ids, row in zip(best.indices.tolist(), values.tolist(), strict=True)
-    ]
+    return torch.stack((best.indices.float(), values.float()))
 
 
 def _chunk(logits: Tensor, tokens: list[int], k: int) -> list[TokenLogprobs]:

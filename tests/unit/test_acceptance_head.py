@@ -4,14 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from unit.test_drafter import tiny_network, tiny_samples
 
 from kvarn.core.errors import ConfigError
 from kvarn.speculate.train.head import (
+    FILE,
     AcceptanceHead,
     Lesson,
     auc_of_rejection,
     binary_kl,
+    calibrate,
     lesson,
     lessons,
     load_head,
@@ -107,3 +110,35 @@ def test_an_untrained_head_repeats_the_drafter() -> None:
     assert AcceptanceHead(8).accepted(torch.randn(3, 8), own).tolist() == pytest.approx(
         own.tolist()
     )
+
+
+def test_calibration_is_by_kind_and_repairs_what_is_wrong() -> None:
+    """A head that is too sure of itself, for tokens of which the drawn ones stand half as often."""
+    head = train_head(separable(), epochs=20, batch=4, rate=1e-2)
+    head.out.weight.data *= 5.0
+    likeliest = separable(seed=2)
+    drawn = [Lesson(one.hidden, one.accepted / 2, one.confidence) for one in separable(seed=3)]
+    calibrate(head, [likeliest, drawn])
+    for kind, most in ((0, 1.0), (1, 0.5)):
+        unseen = separable(seed=4)
+        hidden = torch.cat([one.hidden for one in unseen])
+        accepted = most * torch.cat([one.accepted for one in unseen])
+        said = head.accepted(hidden, torch.full((640,), 0.5), kind)
+        each = head.accepted(hidden, torch.full((640,), 0.5), torch.full((640,), kind))
+        torch.testing.assert_close(said, each)
+        assert said.mean().item() == pytest.approx(accepted.mean().item(), abs=0.05)
+        assert binary_kl(said, accepted) < 0.1
+
+
+def test_a_head_of_old_says_the_same_of_both_kinds(tmp_path: Path) -> None:
+    head = train_head(separable(), epochs=2, batch=4)
+    save_head(head, tmp_path, {})
+    state = load_file(tmp_path / FILE)
+    state |= {name: state[name][:1].contiguous() for name in ("out.weight", "out.bias")}
+    save_file(state, tmp_path / FILE)
+    found, hidden, own = (
+        load_head(tmp_path, 8, torch.device("cpu")),
+        torch.randn(5, 8),
+        torch.rand(5),
+    )
+    torch.testing.assert_close(found.accepted(hidden, own), found.accepted(hidden, own, 1))

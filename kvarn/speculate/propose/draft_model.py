@@ -333,8 +333,11 @@ class DraftModel(Part):
     def _judge(self, rows: Ints, hidden: Tensor) -> None:
         """What the head says of the tokens that a pass has consumed."""
         assert self.head is not None
-        own = torch.tensor([self._own.get(row, 1.0) for row in rows.tolist()])
-        self._accepted = dict(zip(rows.tolist(), self.head.accepted(hidden, own).tolist()))
+        image, places = self.runner.image, rows.tolist()
+        own = torch.tensor([self._own.get(row, 1.0) for row in places])
+        drawn = [int(image.requests[row].sampling.temperature > 0) for row in places]
+        said = self.head.accepted(hidden, own, torch.tensor(drawn, device=hidden.device))
+        self._accepted = dict(zip(places, said.tolist()))
 
     def _go_on(self, drafts: dict[SeqId, Making], control: LengthControl) -> None:
         """A token more for all whose draft is not long enough, until there is nobody left."""

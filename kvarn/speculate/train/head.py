@@ -9,7 +9,9 @@ of the texts each: requests are of both kinds). The head must see drafts, not on
 trained on is text in which most tokens are the drafter's ("token mixing").
 
 The paper weighs rejections six times, and tunes the threshold; here the threshold follows measured
-costs, so the head must say what is true: the weight is 1 unless told.
+costs, so the head must say what is true: the weight is 1 unless told, and what it says is
+calibrated on texts that it was not trained on, for likeliest tokens and for drawn ones apart, since
+one and the same state promises more to the former.
 """
 
 import json
@@ -30,35 +32,48 @@ from kvarn.speculate.train.corpus import Sample
 from kvarn.speculate.train.network import Network
 
 FILE = "acceptance.safetensors"  #: beside the drafter's own weights
+KINDS = 2  #: of drafted tokens: the likeliest, and drawn ones
 
 
 class AcceptanceHead(nn.Module):
-    """Hidden states [n, hidden] of drafted tokens, and the drafter's own probability of each [n]
-    -> log-odds [n] of their acceptance."""
+    """Hidden states [n, hidden] of drafted tokens, and the drafter's own log-odds of each [n]
+    -> log-odds [n] of their acceptance, as likeliest tokens (kind 0) or drawn ones (1)."""
 
     def __init__(self, hidden: int, depth: int = 3) -> None:
         """Begins as the drafter's own probability."""
         super().__init__()
         self.blocks = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth))
-        self.out = nn.Linear(hidden + 1, 1)
+        self.out = nn.Linear(hidden + 1, KINDS)
         nn.init.zeros_(self.out.weight)
         nn.init.ones_(self.out.weight[:, -1:])
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, x: Tensor, own: Tensor) -> Tensor:
-        """See the class."""
+    def forward(self, x: Tensor, own: Tensor, kind: int | Tensor = 0) -> Tensor:
+        """See the class; `kind` of all, or [n] int64 of each."""
+        x = self.features(x, own)
+        if isinstance(kind, int):
+            return x @ self.out.weight[kind] + self.out.bias[kind]
+        odds: Tensor = self.out(x).gather(1, kind.unsqueeze(1))
+        return odds.squeeze(1)
+
+    def features(self, x: Tensor, own: Tensor) -> Tensor:
+        """[n, hidden + 1]: what both kinds are linear in."""
         for block in self.blocks:
             x = x + silu(block(x))
-        own = own.to(x).clamp(1e-4, 1 - 1e-4).logit()
-        odds: Tensor = self.out(torch.cat((x, own.unsqueeze(-1)), -1)).squeeze(-1)
-        return odds
+        return torch.cat((x, own.unsqueeze(-1)), -1)
 
     @torch.inference_mode()
-    def accepted(self, hidden: Tensor, own: Tensor) -> Tensor:
-        """Probabilities of acceptance [n], of hidden states of any dtype."""
+    def accepted(self, hidden: Tensor, own: Tensor, kind: int | Tensor = 0) -> Tensor:
+        """Probabilities of acceptance [n], of hidden states of any dtype and of the drafter's own
+        probabilities [n]."""
         weight = self.out.weight
-        found: Tensor = self(hidden.to(weight.dtype), own.to(weight)).sigmoid()
+        found: Tensor = self(hidden.to(weight.dtype), log_odds(own.to(weight)), kind).sigmoid()
         return found
+
+
+def log_odds(chance: Tensor) -> Tensor:
+    """Of probabilities, bounded."""
+    return chance.clamp(1e-4, 1 - 1e-4).logit()
 
 
 def save_head(head: AcceptanceHead, folder: Path, about: dict[str, Any]) -> None:
@@ -85,8 +100,17 @@ def load_head(folder: Path, hidden: int, device: torch.device) -> AcceptanceHead
             f"it belongs to another drafter"
         )
     head = AcceptanceHead(hidden, sum(name.endswith(".bias") for name in state) - 1)
+    for name in ("out.weight", "out.bias"):  # of an older one: the same for both kinds
+        state[name] = state[name].expand(KINDS, *state[name].shape[1:])
     head.load_state_dict(state)
     return head.to(device).eval()
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """How the head in `folder` was trained."""
+    with safe_open(folder / FILE, framework="pt") as file:
+        found: dict[str, Any] = json.loads(file.metadata()["trained"])
+    return found
 
 
 @dataclass(slots=True)
@@ -170,13 +194,47 @@ def train_head(
         hidden, own, accepted = (
             torch.cat(x) for x in zip(*((s.hidden, s.confidence, s.accepted) for s in some))
         )
-        loss = weighted_bce(head(hidden, own), accepted, weight)
+        loss = weighted_bce(head(hidden, log_odds(own)), accepted, weight)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         progress(step, loss.item())
+    for part in (head.out.weight.data, head.out.bias.data):
+        part[1:] = part[0]  # until it is calibrated
     return head
+
+
+def calibrate(head: AcceptanceHead, taught: Sequence[Sequence[Lesson]]) -> None:
+    """Fit what the head says to lessons that it was not trained on, by kind: the log-odds of its
+    first kind times a number, the drafter's own times another, and a third one."""
+    weight, bias = head.out.weight.data, head.out.bias.data
+    first, shift = weight[0].clone(), bias[0].clone()
+    for kind, lessons_ in enumerate(taught):
+        hidden, own, accepted = (
+            torch.cat(x) for x in zip(*((s.hidden, s.confidence, s.accepted) for s in lessons_))
+        )
+        own = log_odds(own)
+        with torch.no_grad():
+            odds = head.features(hidden, own) @ first + shift
+        a, b, c = _fitted(torch.stack((odds, own, torch.ones_like(own)), 1), accepted)
+        weight[kind], bias[kind] = a * first, a * shift + c
+        weight[kind, -1] += b
+
+
+def _fitted(x: Tensor, accepted: Tensor) -> Tensor:
+    """The factors [3] of the features x [n, 3] whose sums are the best log-odds."""
+    by = torch.tensor([1.0, 0.0, 0.0], requires_grad=True)
+    optimizer = torch.optim.LBFGS([by], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        found = weighted_bce(x @ by, accepted, 1.0)
+        found.backward()  # type: ignore[no-untyped-call]
+        return found
+
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    return by.detach()
 
 
 def auc_of_rejection(score: Tensor, accepted: Tensor) -> float:
