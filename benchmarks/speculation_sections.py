@@ -146,7 +146,8 @@ def mixed(rows: list[dict[str, Any]]) -> Lines:
 
 def acceptance_head(result: dict[str, Any]) -> Lines:
     """What the acceptance head knows."""
-    about = result["workload"]
+    said = result["workload"]
+    about, apart = said.get("trained", said), said["calibrated_on"]
     rows = [
         [
             name, row["drafts"], row["acceptance"], row["auc"], row["auc_of_probability"],
@@ -156,8 +157,9 @@ def acceptance_head(result: dict[str, Any]) -> Lines:
     ]  # fmt: skip
     return [
         f"SpecDec++'s head for the drafter of SmolLM2, trained on {about['drafts']} drafts in "
-        f"{about['texts']} texts ({about['seconds']:.0f} s on {about['threads']} threads), on half "
-        "of the texts of topics never trained on: AUC for rejections, and KL of its word from "
+        f"{about['texts']} texts ({about['seconds']:.0f} s on {about['threads']} threads) and "
+        f"calibrated on {apart['greedy']} greedy and {apart['sampled']} sampled ones, on half of "
+        "the texts of topics never trained on: AUC for rejections, and KL of its word from "
         "acceptance [nats], beside the drafter's own probability (its KL calibrated by isotonic "
         "regression on the other half).",
         "",
