@@ -21,7 +21,7 @@ from kvarn.bench import record
 from kvarn.bench.drift import prompts
 from kvarn.core.request import SamplingParams
 from kvarn.engine.llm import LLM
-from kvarn.speculate.propose.draft_model import JUDGED_AT_ONCE
+from kvarn.speculate.propose.making import JUDGED_AT_ONCE
 from kvarn.speculate.train.load import shipped
 
 MODEL = Path.home() / ".cache" / "kvarn" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -23,7 +23,7 @@ from kvarn.runner.graphs import Graphs, buckets
 from kvarn.runner.pool import KVPool
 from kvarn.runner.state import DeviceState
 from kvarn.speculate.length.specdec_pp import SpecDecPP
-from kvarn.speculate.propose import draft_model
+from kvarn.speculate.propose import making
 from kvarn.speculate.propose.draft_model import DraftModel
 from kvarn.speculate.train.head import AcceptanceHead
 
@@ -120,8 +120,8 @@ def test_replays_of_a_few_passes_are_one_draft(
 ) -> None:
     """Longer drafts than one replay makes, and stops by a head that judges within: the tokens, and
     what is said of each, are those of single passes."""
-    monkeypatch.setattr(draft_model, "AT_ONCE", 2)
-    monkeypatch.setattr(draft_model, "JUDGED_AT_ONCE", 2)
+    monkeypatch.setattr(making, "AT_ONCE", 2)
+    monkeypatch.setattr(making, "JUDGED_AT_ONCE", 2)
     requests = make_requests(COUNT)
     answers = expected(make_engine(tiny_folder("llama"), device=DEVICE.type), requests)
     drafts = []

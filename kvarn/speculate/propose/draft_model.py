@@ -20,9 +20,8 @@ batches), and against model-free proposers on text that repeats itself.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,41 +32,15 @@ from kvarn.core.seq import Seq
 from kvarn.kernels.attention import Ints
 from kvarn.kv.manager import KVManager
 from kvarn.models.decoder import Decoder
-from kvarn.runner.batch import Batch
-from kvarn.runner.chain import Chains, Said
+from kvarn.runner.chain import Chains
 from kvarn.runner.drafting import DraftSampler
 from kvarn.runner.executor import Runner
 from kvarn.speculate.part import Ask, LengthControl, Verified
+from kvarn.speculate.propose.making import Follower, Making, parted, replay
 from kvarn.speculate.train.head import AcceptanceHead
 
-#: tokens of a draft that are one replay; fewer where a head was trained to say where drafts end
-AT_ONCE, JUDGED_AT_ONCE = 8, 4
 #: most likely token, with its probability
 GREEDY = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True, logprobs=0)
-
-
-@dataclass(slots=True)
-class Follower:
-    """A sequence as the drafter knows it; `seq.tokens` is the target's own list."""
-
-    seq: Seq
-    known: int = 0  #: leading tokens that the drafter's image holds as the target has them
-    drafted: list[int] | None = None  #: what it proposed after these
-
-
-@dataclass(slots=True)
-class Making:
-    """A draft in the making."""
-
-    follower: Follower
-    most: int
-    draft: Draft
-    q: list[Tensor] = field(default_factory=list)  #: [vocab] of each token that was drawn
-
-    @property
-    def greedy(self) -> bool:
-        """Whether its tokens are the likeliest ones."""
-        return self.follower.seq.request.sampling.temperature == 0.0
 
 
 class DraftModel(Part):
@@ -275,14 +248,7 @@ class DraftModel(Part):
     ) -> None:
         """Drafts by replays, behind a pass for those who are more than two tokens behind: the last
         of a draft has no KV, which the next one makes if it stands."""
-        last, behind = list[Span](), list[Span]()
-        for span in plan.spans:
-            own = min(span.length, 2) if span.seq in drafts else 0
-            before = span.length - own
-            if before:
-                behind.append(Span(span.seq, span.start, before, 0, False))
-            if own:
-                last.append(Span(span.seq, span.start + before, own))
+        behind, last = parted(plan.spans, drafts)
         if behind or not last:
             plan.spans, self._gone = behind, []
             self.runner.run(plan)
@@ -291,44 +257,8 @@ class DraftModel(Part):
             plan.spans, self._gone = last, []
             batch = self.runner.lay_out(plan)
             making = [drafts[last[i].seq] for i in batch.spans.tolist()]
-            last = self._replay(chains, batch, making, control)
+            last = replay(chains, batch, making, control, self.head is not None)
             plan = self._plan() if last else plan
-
-    def _replay(
-        self, chains: Chains, batch: Batch, making: list[Making], control: LengthControl
-    ) -> list[Span]:
-        """Some more tokens for each span of a batch; the spans that go on behind them."""
-        at_once = AT_ONCE if self.head is None else JUDGED_AT_ONCE
-        most = [min(one.most - len(one.draft.tokens), at_once) for one in making]
-        sure = [one.draft.confidence[-1] if one.draft.tokens else 1.0 for one in making]
-        found = chains.run(batch, np.array(most, np.int64), sure)
-        spans = list[Span]()
-        for one, count, said in zip(making, most, found, strict=True):
-            seq = one.follower.seq
-            seq.computed += count - 1
-            if self._take(one, said, control) and len(said) == count:  # else a fault ends it
-                spans.append(Span(seq.id, seq.computed, 1))
-                seq.computed += 1
-        return spans
-
-    def _take(self, one: Making, said: Said, control: LengthControl) -> bool:
-        """Of what a replay says, what the control wants; whether it wants more."""
-        draft, seq = one.draft, one.follower.seq
-        known = len(draft.tokens)
-        for token, logprob, word in said:
-            if draft.tokens:
-                if not control.goes_on(draft.confidence):
-                    break
-                if self.head is not None:
-                    draft.confidence[-1] = word
-            draft.tokens.append(token)
-            draft.confidence.append(math.exp(logprob))
-        one.follower.drafted, new = draft.tokens[:], draft.tokens[known:]
-        if not new or len(draft.tokens) >= one.most or not control.goes_on(draft.confidence):
-            return False
-        image = self.runner.image
-        image.commit(image.row(seq.id), len(seq.tokens) + known, new)
-        return True
 
     def _judge(self, rows: Ints, hidden: Tensor) -> None:
         """What the head says of the tokens that a pass has consumed."""

@@ -24,7 +24,8 @@ from kvarn.kv.manager import KVManager
 from kvarn.runner.drafting import BranchSampler, Children
 from kvarn.runner.executor import Runner
 from kvarn.speculate.part import LengthControl
-from kvarn.speculate.propose.draft_model import DraftModel, Making
+from kvarn.speculate.propose.draft_model import DraftModel
+from kvarn.speculate.propose.making import Making
 
 WIDTH = 8  #: most continuations of a token that are looked at
 
