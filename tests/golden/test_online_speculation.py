@@ -244,8 +244,17 @@ def test_idle_learns_only_while_no_request_runs(folders: dict[str, str]) -> None
         tell(busy)
 
     trainer.worker.yields = heard  # type: ignore[method-assign]
+    asked, ask = list[tuple[bool, int]](), trainer.ask
+
+    def listened(count: int) -> None:
+        asked.append((len(trainer.lessons) < trainer.pace.interval, count))
+        ask(count)
+
+    trainer.ask = listened
     run(engine, make_requests(8, seed=2), seed=0)
     assert trainer.failed == "" and told[-1] is False and any(told)
+    assert {bool(count) for _, count in asked} == {True, False}  # with enough, steps keep nothing
+    assert all(wanted == bool(count) for wanted, count in asked)
     engine.close()
 
 

@@ -12,6 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import train_beside as beside
+import trainer_watch
 import training_sections
 
 from kvarn.speculate.train.worker import Background
@@ -25,8 +26,8 @@ def step(began: float, ended: float, size: int = 1, captured: bool = False) -> b
     return beside.Step((began, ended), size, True, captured)
 
 
-def job(*marks: float) -> beside.Watched:
-    return beside.Watched(list(marks), True)
+def job(*marks: float) -> trainer_watch.Watched:
+    return trainer_watch.Watched(list(marks), True)
 
 
 def test_arrivals_are_of_the_rate_and_the_same_for_a_seed():
@@ -110,17 +111,17 @@ def test_a_job_goes_on_for_the_batch_under_way():
     one = job(0, 1, 1, 5, 5, 9, 20, 24, 24, 25)  # paused from 9 to 20
     assert one.pieces == [(0, 1), (1, 5), (5, 9), (20, 24), (24, 25)]
     told = [(7.0, True), (19.0, False), (21.0, True), (22.0, False), (30.0, True), (31.0, False)]
-    waits, outlives = beside.yields([one], told)  # the last wait was beside no job
+    waits, outlives = trainer_watch.yields([one], told)  # the last wait was beside no job
     assert (waits.waited, waits.went_on, waits.pieces) == (12.0, 2.0, 1)
     assert (outlives.waited, outlives.went_on, outlives.pieces) == (1.0, 3.0, 1)
-    (disobeys,) = beside.yields([one], [(3.0, True), (8.0, False)])
+    (disobeys,) = trainer_watch.yields([one], [(3.0, True), (8.0, False)])
     assert (disobeys.went_on, disobeys.pieces) == (6.0, 2)
 
 
 def test_the_thread_is_watched_from_outside():
     worker, done = Background(), threading.Event()
     trainer = SimpleNamespace(worker=worker, renew=lambda decoder, keep_kv: None)
-    watch = beside.Watch(trainer)
+    watch = trainer_watch.Watch(trainer)
 
     def work(go_on):
         while not done.is_set():
@@ -138,7 +139,7 @@ def test_the_thread_is_watched_from_outside():
     assert [busy for _, busy in watch.told] == [True, False]
     assert watch.jobs[0].over and len(watch.pieces) == len(watch.jobs[0].marks) // 2 >= 1
     assert len(watch.renewals) == 1
-    assert all(one.pieces <= 1 for one in beside.yields(watch.jobs, watch.told))
+    assert all(one.pieces <= 1 for one in trainer_watch.yields(watch.jobs, watch.told))
 
 
 @pytest.mark.parametrize("turns", [1, 3])

@@ -109,8 +109,10 @@ class OnlineTrainer(Part):
             self._judge()
             self._receive(now)
             self._begin(busy, now)
-            # a full buffer: what came now would push out what has not been learnt from
-            self.ask(TOP if len(self.lessons) < self.lessons.most else 0)
+            # a full buffer: what came now would push out what has not been learnt from; and what
+            # steps keep of the target's words takes time, which idle learning is not to cost them
+            enough = self.pace.interval if self.pace.idle else self.lessons.most
+            self.ask(TOP if len(self.lessons) < enough else 0)
         except Exception as error:
             self._give_up(error)
 
