@@ -92,7 +92,8 @@ def main() -> None:
         rows.append(row | {key: found[-1][key] for key in COUNTS} | {"runs": found})
         print({key: value for key, value in rows[-1].items() if key != "runs"}, flush=True)
     said = {"requests": REQUESTS, "output": OUTPUT, "repeats": REPEATS}
-    header = record.header("head_in_chain", said, headed | {"model": Path(given.model).stem})
+    shown = {"model": Path(given.model).stem, "draft_model": Path(headed["draft_model"]).name}
+    header = record.header("head_in_chain", said, headed | shown)
     record.write(header | {"results": rows}, given.json)
     for llm in engines.values():
         llm.close()

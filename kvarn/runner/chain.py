@@ -168,7 +168,6 @@ class Chains:
         graphs, inputs = self.graphs, chain.inputs.device
         tokens = feed(inputs["token"], inputs["row"], graphs.state.last)
         ids, sure, words = list[Tensor](), list[Tensor](), list[Tensor]()
-        own = inputs["own"].view(torch.float32)
         for by, plans in enumerate(chain.plans):
             attend = PagedAttend(
                 graphs.layers.plans(plans), graphs.pool.cache, takes_projection=True
@@ -177,9 +176,10 @@ class Chains:
             if len(hidden) > chain.size:
                 hidden = hidden[inputs["last"].long()]
             if self.judge is not None:
+                own = sure[-1].exp() if sure else inputs["own"].view(torch.float32)
                 words.append(self.judge(hidden, own).float())
             best = graphs.decoder.logits(hidden).log_softmax(-1).max(-1)
-            tokens, own = best.indices, best.values.exp()
+            tokens = best.indices
             ids.append(tokens.float())  # exact below 2^24
             sure.append(best.values)
         return torch.stack([torch.stack(part) for part in (ids, sure, words) if part])

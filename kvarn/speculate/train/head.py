@@ -10,8 +10,9 @@ trained on is text in which most tokens are the drafter's ("token mixing").
 
 The paper weighs rejections six times, and tunes the threshold; here the threshold follows measured
 costs, so the head must say what is true: the weight is 1 unless told, and what it says is
-calibrated on texts that it was not trained on, for likeliest tokens and for drawn ones apart, since
-one and the same state promises more to the former.
+calibrated on texts that it was not trained on, for likeliest tokens as greedy requests judge them
+and for drawn ones apart, since one and the same state promises more to the former. Of likeliest
+tokens for a request that samples (`draft_choice`) it says too much.
 """
 
 import json
