@@ -177,13 +177,15 @@ def verify_gap(result: dict[str, Any]) -> Lines:
         for row in result["results"]
     ]
     return [
-        f"`benchmarks/gpu/verify_gap.py`: {result['config']['model']}, random weights; steps that "
-        f"verify {said['drafts']} drafts that cost nothing, accepted with {said['acceptance']}, "
-        "beside plain ones, by events on the device around every replay. A plain step is handed "
-        "over while the one before it runs; one that verifies waits for what stands.",
+        f"`benchmarks/gpu/verify_gap.py`: {result['config']['model']}, random weights; rounds that "
+        f"verify {said['drafts']} drafts, accepted with {said['acceptance']}, beside plain steps, "
+        "by events on the device around every replay. A plain step is handed over while the one "
+        "before it runs. `verify`: drafts that the host has for nothing, once it knows what "
+        f"stands. `drafter`: {said['drafter_layers']} layer of the same shape makes them; the step "
+        "behind its drafts, and the next drafts behind the step, are handed over before either is "
+        "known; `by the host`: they wait for it instead.",
         "",
-        *table(["step", "sequences", "from replay to replay [ms]", "device waits [ms]", "share"],
-               rows),
+        *table(["round", "sequences", "round [ms]", "device waits [ms]", "share"], rows),
     ]  # fmt: skip
 
 

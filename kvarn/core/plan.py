@@ -1,13 +1,14 @@
 """`StepPlan` crosses from decisions to computation, `StepResult` comes back. Plain data."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from kvarn.core.keep import Keep
 from kvarn.core.request import Request
 
 SeqId = int
 PageId = int
+LATE = -1  #: a drafted token that nobody knows yet
 
 
 @dataclass(slots=True)
@@ -22,6 +23,19 @@ class Span:
     layers: int = 0  #: only the first so many see it, to filter the prompt; 0: all
 
 
+class Late(Protocol):
+    """One chain of tokens that the device is choosing."""
+
+    @property
+    def seconds(self) -> float:
+        """What that took it, with all that are chosen together; waits for it."""
+        ...
+
+    def said(self) -> tuple[list[int], list[float]]:
+        """Tokens and the proposer's confidence in each, once they are there."""
+        ...
+
+
 @dataclass(slots=True)
 class Draft:
     """Proposed continuations of one sequence: a chain, or a tree in topological order."""
@@ -34,6 +48,9 @@ class Draft:
     #: distributions [tokens, vocab] that a chain's tokens were drawn from; None: DELTA, the tokens
     #: are what they are and could have been no others (greedy, n-gram, suffix tree)
     q: Any = None
+    #: a chain that the device is still choosing: its tokens and confidence are not known (`LATE`)
+    #: before `settle`, which this is asked by; None: they are
+    late: "Late | None" = None
 
     def first(self, count: int) -> "Draft":
         """The first `count` tokens; of a tree, too, what is left is one. Itself if that is all."""
@@ -44,7 +61,15 @@ class Draft:
             None if self.parents is None else self.parents[:count],
             self.confidence[:count],
             None if self.q is None else self.q[:count],
+            self.late,
         )
+
+    def settle(self) -> None:
+        """Wait for what is not known yet."""
+        if self.late is not None:
+            tokens, confidence = self.late.said()
+            count, self.late = len(self.tokens), None
+            self.tokens[:], self.confidence[:] = tokens[:count], confidence[:count]
 
     @property
     def depth(self) -> int:

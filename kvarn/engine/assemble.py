@@ -208,9 +208,13 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
         if drafter is not None:
             backend = parts["attention"]()
             proposer = drafter.proposer(config, backend, kv_kind, captured, draft_pages)
+            if isinstance(runner, Runner) and runner.graphs is not None:
+                proposer.target = runner  # captured steps take drafts that are being made
         runners = [runner] if proposer is None else [runner, proposer.runner]
         speculation = build_speculation(config, proposer)
         speculation.captures = lambda: sum(one.captures for one in runners)
+        if proposer is not None:
+            speculation.begin = proposer.begin
         if config.train_drafter != "off" and drafter is not None and proposer is not None:
             trainer = make_trainer(resolved, model, drafter, proposer, runner)
             speculation.trainer = trainer

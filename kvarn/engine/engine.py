@@ -1,6 +1,7 @@
 """`Engine`: plan, execute, apply. Two loops, each readable at a glance; the rest is hand-over.
 
-Drafts are verified in either: the plan that has them is made when what they follow is known.
+Drafts are verified in either: the plan that has them is made when what they follow is known. What
+they are need not be: a device makes them, and begins the next ones, without a word from the host.
 
 Errors belong to the request: a step that breaks ends the sequences in it, and nothing else.
 """
@@ -127,6 +128,8 @@ class Engine:
             ahead = (plan, self.executor.launch(plan)) if plan.has_work else None
         except Exception as error:
             refusal = error
+        if ahead is not None and plan.drafts and self.speculation is not None:
+            self.speculation.begin(ahead[1])
         done, self._in_flight = self._in_flight, ahead
         progress = [] if done is None else self._collect(*done)
         return progress if refusal is None else progress + self._broken([plan], refusal)

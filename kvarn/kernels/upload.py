@@ -1,4 +1,4 @@
-"""Host arrays to a device in one copy that nobody waits for."""
+"""Copies between host and device that nobody waits for."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -29,3 +29,14 @@ def upload(arrays: Sequence[NDArray[Any]], kind: torch.dtype, device: torch.devi
     return [
         there[start : start + array.size].view(array.shape) for array, start in zip(arrays, starts)
     ]
+
+
+def download(x: Tensor) -> tuple[Tensor, Any]:
+    """A copy of `x` on the host, which is there once the event has happened; None: it is there."""
+    if not x.is_cuda:
+        return x, None
+    there = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    there.copy_(x, non_blocking=True)
+    done: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    done.record()
+    return there, done

@@ -16,7 +16,7 @@ from kvarn.runner.state import DeviceState
 from kvarn.runner.trees import grow, is_tree
 
 Ints = NDArray[np.int64]
-ON_DEVICE = -1  #: a token whose value only the device knows yet
+ON_DEVICE = -1  #: a token whose value only the device knows yet; -2, ..: drafts behind it
 
 
 @dataclass(slots=True)
@@ -28,7 +28,7 @@ class Batch:
     indptr: Ints  #: [S+1] first flattened row of each span
     ends: Ints  #: [S] position after each span's last
     row_of: Ints  #: [T] image row of each flattened row
-    tokens: Ints  #: [T]; `ON_DEVICE` for the last token that a step in flight has sampled
+    tokens: Ints  #: [T]; from `ON_DEVICE` down for what a step in flight samples, or drafts
     positions: Ints  #: [T]; of a tree's rows, by depth: they are stored one after the other
     angles: Ints  #: [T] positions that queries and keys are rotated by
     groups: list[PagedRows]
@@ -46,6 +46,15 @@ class Batch:
     def chooses(self) -> bool:
         """Whether every row chooses a token: spans are one known token and its drafts, no tree."""
         return len(self.logits_at) == len(self.tokens) and self.forest is None
+
+    def settle(self) -> None:
+        """Wait for the drafts that were being made when it was laid out, and put them in."""
+        late = [draft for draft in self.drafts if draft is not None and draft.late is not None]
+        if late:
+            for draft in late:
+                draft.settle()
+            unknown = np.flatnonzero(self.tokens < ON_DEVICE)
+            self.tokens[unknown] = [token for draft in late for token in draft.tokens]
 
     @property
     def lengths(self) -> Ints:
@@ -83,7 +92,9 @@ def build(
         positions = np.repeat(start - indptr[:-1], length) + np.arange(indptr[-1])
     ends = start + length
     tokens = image.tokens[row_of, positions].astype(np.int64)
-    tokens[positions >= image.filled[row_of]] = ON_DEVICE
+    unknown = positions >= image.filled[row_of]
+    if unknown.any():
+        tokens = np.where(unknown, ON_DEVICE + image.known[row_of] - 1 - positions, tokens)
     proposed = [drafts.get(spans[i].seq) for i in order.tolist()] if drafts else []
     layout = _Layout(image, spec, rows, start, ends, indptr, row_of, positions, state, single)
     trees = {s: draft for s, draft in enumerate(proposed) if draft is not None and is_tree(draft)}

@@ -9,10 +9,15 @@ chain takes a tenth of a second, so there are few: numbers of sequences are padd
 and a chain that is longer than need be does at first. The KV of a draft's last token is not
 computed. Where the draft is accepted whole, the next one begins with two rows for that sequence,
 this token and the one behind it.
+
+A chain may be launched behind a step that verifies the draft before, when nobody knows yet what of
+it stands. It is laid out as if nothing did, with two rows for every sequence; what the device finds
+to stand moves it on (`kvarn.kernels.triton.standing`).
 """
 
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +28,7 @@ from torch import Tensor
 
 from kvarn.kernels.attention import GraphPlan, PagedRows
 from kvarn.kernels.attention.paged import PagedAttend
+from kvarn.kernels.upload import download
 from kvarn.runner.batch import Batch
 from kvarn.runner.graphs import MOST_GRAPHS, Graphs, Inputs, Ints, Replay, idle
 from kvarn.runner.heads import Kind
@@ -43,7 +49,59 @@ class Chain:
     inputs: Inputs
     size: int  #: most sequences
     plans: list[list[GraphPlan]]  #: by pass, of each kind of layers
+    parts: list[Tensor] = field(default_factory=list)  #: by kind, what moves on in each pass
     replay: Replay | None = None
+
+
+class Saying:
+    """What a replay says of some sequences, when the device has come to it."""
+
+    def __init__(self, said: Tensor, most: list[int], began: Any) -> None:
+        """`said` [2 or 3, passes, size], which the chain's next replay overwrites: the first
+        `most[s]` of column s are of sequence s. `began`: the event before the replay, if any."""
+        self.ids, self.most, self._began = said[0], most, began
+        self._there, self._done = download(said)
+        self._numbers: NDArray[np.float64] | None = None
+
+    def numbers(self) -> NDArray[np.float64]:
+        """[2 or 3, passes, size], once they are there."""
+        if self._numbers is None:
+            if self._done is not None:
+                self._done.synchronize()
+            self._numbers = self._there.numpy().astype(np.float64)
+        return self._numbers
+
+    def wait(self) -> list[Said]:
+        """By sequence; a fault of the logits ends a draft."""
+        found = self.numbers()
+        return [_draft(found[:, :count, s]) for s, count in enumerate(self.most)]
+
+    @property
+    def seconds(self) -> float:
+        """What it took the device; 0 where nobody measured. Waits for it."""
+        if self._began is None:
+            return 0.0
+        self._done.synchronize()
+        return float(self._began.elapsed_time(self._done)) / 1e3
+
+
+@dataclass(slots=True)
+class LateDraft:
+    """What a replay will say of one sequence; see `kvarn.core.plan.Late`."""
+
+    saying: Saying
+    at: int  #: which sequence of it
+
+    @property
+    def seconds(self) -> float:
+        """See `Saying.seconds`."""
+        return self.saying.seconds
+
+    def said(self) -> tuple[list[int], list[float]]:
+        """Its tokens, and how sure the drafter is of each; waits for them."""
+        ids, sure, *_ = self.saying.numbers()[:, : self.saying.most[self.at], self.at].tolist()
+        confidence = [math.exp(one) if one == one else 0.0 for one in sure]  # 0.0: no number
+        return list(map(int, ids)), confidence
 
 
 @dataclass(slots=True)
@@ -58,11 +116,14 @@ class Chains:
     asked: Counter[Any] = field(default_factory=Counter)  #: rounds, by the same
 
     @torch.inference_mode()
-    def run(self, batch: Batch, most: Ints, own: list[float]) -> list[Said]:
+    def launch(
+        self, batch: Batch, most: Ints, own: list[float], movers: Sequence[int] = ()
+    ) -> Saying:
         """At most `most[s]` tokens (1 or more) behind each span s, one row or two, in their order.
 
         `own[s]`: the drafter's probability of the span's last token, where it is a drafted one. The
-        table entries of as many positions are there. A fault of the logits ends a draft.
+        table entries of as many positions are there. `movers`: the image rows of spans of two rows
+        that move on by what the state says, with table entries for that, too.
         """
         self.graphs.state.write(self.graphs.state.entries(self.image))
         size = min(1 << (len(batch.rows) - 1).bit_length(), self.graphs.sizes[-1])
@@ -70,11 +131,14 @@ class Chains:
         rows = [batch.groups] + [self._ahead(batch, most, by) for by in range(1, max(passes, 2))]
         chain = self._find(size, batch, rows, passes)
         rows += [self._ahead(batch, most, by) for by in range(len(rows), len(chain.plans))]
-        self._fill(chain, batch, most, own, rows)
+        self._fill(chain, batch, most, own, rows, movers)
+        began = None
+        if self.graphs.state.last.is_cuda:
+            began = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            began.record()
         chain.inputs.send()
         assert chain.replay is not None
-        said = chain.replay().cpu().numpy()[:, :, : len(batch.rows)].astype(np.float64)
-        return [_draft(said[:, :count, s]) for s, count in enumerate(most.tolist())]
+        return Saying(chain.replay(), most.tolist(), began)
 
     def _find(self, size: int, batch: Batch, rows: list[list[PagedRows]], passes: int) -> Chain:
         """A chain for these rows, by pass and group: its own, or a longer one while it is new."""
@@ -122,10 +186,10 @@ class Chains:
         `first` rows, and in every later one."""
         graphs, dim = self.graphs, self.graphs.decoder.spec.head_dim
         kinds = graphs.layers.kinds
-        sizes = {"token": first, "row": first, "last": size, "own": size}
+        sizes = {"token": first, "row": first, "last": size, "own": size, "mover": size}
         plans = list[list[GraphPlan]]()
         for by in range(passes):
-            sizes[f"position_{by}"] = count = size if by else first
+            sizes[f"position_{by}"] = sizes[f"place_{by}"] = count = size if by else first
             plans.append([])
             for at, kind in enumerate(kinds):
                 shape = count, kind.n_heads, kind.n_kv_heads, dim
@@ -137,22 +201,25 @@ class Chains:
             for at, (plan, kind) in enumerate(zip(made, kinds)):
                 there = {name: chain.inputs.device[f"{name}_{by}_{at}"] for name in plan.sizes}
                 plan.bind(there, graphs.state.tables[kind.group])
+        chain.parts = [_parts(chain.inputs, sizes, at, passes, size) for at in range(len(kinds))]
         nobody = idle(batch)
-        self._fill(chain, nobody, nobody.positions, [], [nobody.groups] * passes)
+        self._fill(chain, nobody, nobody.positions, [], [nobody.groups] * passes, ())
         chain.inputs.send()
         graphs.captures += 1
         chain.replay = graphs.capture(lambda: self._body(chain))
         return chain
 
     def _fill(
-        self, chain: Chain, batch: Batch, most: Ints, own: list[float], rows: list[list[PagedRows]]
-    ) -> None:
+        self, chain: Chain, batch: Batch, most: Ints, own: list[float],
+        rows: list[list[PagedRows]], movers: Sequence[int],
+    ) -> None:  # fmt: skip
         """Write a chain into the host's arrays; what is left over idles."""
         host, last = chain.inputs.host(), batch.indptr[1 : len(batch.rows) + 1] - 1
         _put(host["token"], batch.tokens, 0)
         _put(host["row"], batch.row_of, -1)
         _put(host["last"], last, 0)
         host["own"].view(np.float32)[: len(own)] = own
+        _put(host["mover"], np.array(movers, np.int64), -1)
         for by, (plans, groups) in enumerate(zip(chain.plans, rows)):
             angles = batch.angles[last] + np.minimum(by, most - 1) if by else batch.angles
             _put(host[f"position_{by}"], angles, 0)
@@ -164,15 +231,22 @@ class Chains:
         """Every pass on the device: ids, log-probabilities and, where there is a judge, its words
         [2 or 3, passes, size] in fp32."""
         from kvarn.kernels.triton.feed import feed
+        from kvarn.kernels.triton.standing import advance
 
         graphs, inputs = self.graphs, chain.inputs.device
+        state, page = graphs.state, self.image.page_size
+        for kind, part in zip(graphs.layers.kinds, chain.parts, strict=True):
+            table = state.tables[kind.group]
+            advance(
+                chain.inputs.buffer, part, inputs["mover"], state.moved, table, state.width, page
+            )
         tokens = feed(inputs["token"], inputs["row"], graphs.state.last)
         ids, sure, words = list[Tensor](), list[Tensor](), list[Tensor]()
         for by, plans in enumerate(chain.plans):
             attend = PagedAttend(
                 graphs.layers.plans(plans), graphs.pool.cache, takes_projection=True
             )
-            hidden = graphs.decoder.forward(tokens, inputs[f"position_{by}"], attend)
+            hidden = graphs.decoder.forward(tokens, inputs[f"place_{by}"], attend)
             if len(hidden) > chain.size:
                 hidden = hidden[inputs["last"].long()]
             if self.judge is not None:
@@ -183,6 +257,18 @@ class Chains:
             ids.append(tokens.float())  # exact below 2^24
             sure.append(best.values)
         return torch.stack([torch.stack(part) for part in (ids, sure, words) if part])
+
+
+def _parts(inputs: Inputs, sizes: dict[str, int], kind: int, passes: int, size: int) -> Tensor:
+    """What moves on in the passes of a chain, for one kind of layers."""
+    from kvarn.kernels.triton.standing import parts
+
+    lines = []
+    for by in range(passes):
+        rows, items = sizes[f"position_{by}"], f"items_{by}_{kind}"
+        names = f"position_{by}", f"place_{by}", f"slots_{by}_{kind}", items
+        lines.append([*(inputs.starts[n] for n in names), rows, sizes[items] // 8, rows // size])
+    return parts(lines, inputs.buffer.device)
 
 
 def _put(there: NDArray[np.int32], values: Ints, other: int) -> None:

@@ -24,8 +24,9 @@ from kvarn.runner.filtering import Filtering
 from kvarn.runner.graphs import Graphs
 from kvarn.runner.heads import Layers
 from kvarn.runner.image import Image
-from kvarn.runner.inflight import InFlight
+from kvarn.runner.inflight import InFlight, Seen
 from kvarn.runner.keeping import Keeping, Watched, WatchingPlan
+from kvarn.runner.late import remember, wait_where_seen
 from kvarn.runner.logprobs import most_likely
 from kvarn.runner.pieces import Pieces
 from kvarn.runner.pool import KVPool
@@ -159,6 +160,8 @@ class Runner:
         self._enter()
         if plan.drafts and (not self.trees or self.selecting.parts):
             plan = straightened(plan)
+        alone = self.state is not None and not self.selecting.parts
+        wait_where_seen(plan, self.image, self.sampler, alone)
         if self._flying is not None and self._flying.judges:
             self._flying.result()  # which drafts stand, before anything builds on them
         outcome = StepResult(plan.step, [[] for _ in plan.spans])
@@ -167,6 +170,8 @@ class Runner:
         self._update(plan)
         if plan.spans:
             rows = self.image.rows([span.seq for span in plan.spans])
+            if self.state is not None:
+                remember(plan.drafts, self.image, self.state)
             if before is not None and self.sampler.ruled(rows):
                 before.result()  # rules look at the tokens so far
             if plan.partial:
@@ -202,7 +207,7 @@ class Runner:
         for edit in plan.edits:
             self.image.edit(edit)
         for seq, draft in plan.drafts.items():
-            self.image.draft(seq, draft.tokens)
+            self.image.draft(seq, draft.tokens, draft.late is not None)
         if plan.copies:
             self.pool.copy(plan.copies)
         if self.state is None:
@@ -280,6 +285,7 @@ class Runner:
         arrays = self.sampler.parameters(rows, batch.lengths) if plain else None
         entries = self.state.entries(self.image)
         found = graphs.run(batch, entries, arrays, self.sampler.filtered(rows), choice)
+        chosen: Tensor | None = found
         self.replayed["decode" if batch.decodes else "verify"] += 1
         if self.watcher is not None:
             assert graphs.hidden is not None
@@ -287,7 +293,9 @@ class Runner:
         if plain:
             step.fetch(found)
         else:
-            self._choose(batch, found, step)
+            chosen = self._choose(batch, found, step)
+        if chosen is not None:
+            step.seen = Seen(chosen, graphs.inputs["token"], graphs.inputs["row"])
 
     def _looked_at(self, batch: Batch) -> bool:
         """Whether verification wants more of the logits than their choice."""
@@ -361,8 +369,9 @@ class Runner:
         mine = watched[group] if watched else []
         return WatchingPlan(plan, self.keeping, layer, mine) if mine else plan
 
-    def _choose(self, batch: Batch, logits: Tensor, step: InFlight) -> None:
-        """The next token of every row of the logits [R, V], on the device if nobody has to see."""
+    def _choose(self, batch: Batch, logits: Tensor, step: InFlight) -> Tensor | None:
+        """The next token of every row of the logits [R, V]: there [R] if nobody has to see it
+        before it is used."""
         rows, lengths = batch.rows[batch.logits_spans], batch.lengths
         drafted = self._drafted(batch, logits.shape[1]) if batch.drafts else None
         if self.alternatives and batch.drafts:
@@ -377,12 +386,13 @@ class Runner:
             if not batch.drafts:
                 self.state.set_last(parameters["row"], tokens)
             step.fetch(tokens)
-            return
+            return tokens
         sampled = self.sampler.sample(logits, rows, lengths, self.image.tokens, drafted)
         step.settle(sampled)
         if self.state is not None and not batch.drafts:
             chosen = np.array(sampled.tokens, np.int64)
             self.state.set_last(*upload([rows, chosen], torch.int32, logits.device))
+        return None
 
     def _drafted(self, batch: Batch, vocab: int) -> Drafted:
         """What the sampler must know of the drafts."""

@@ -86,9 +86,10 @@ class Inputs:
             total += -(-size // step) * step
         cuda = device.type == "cuda"
         self._pinned = [torch.zeros(total, dtype=torch.int32, pin_memory=cuda) for _ in range(2)]
-        self._there = torch.zeros(total, dtype=torch.int32, device=device)
+        self.buffer = torch.zeros(total, dtype=torch.int32, device=device)
+        self.starts = starts  #: of each array in the buffer
         self._turn = 0
-        self.device = {n: self._there[s : s + sizes[n]] for n, s in starts.items()}
+        self.device = {n: self.buffer[s : s + sizes[n]] for n, s in starts.items()}
         self._hosts = [
             {n: pinned.numpy()[s : s + sizes[n]] for n, s in starts.items()}
             for pinned in self._pinned
@@ -101,7 +102,7 @@ class Inputs:
 
     def send(self) -> None:
         """Copy what was filled to the device, after everything launched so far."""
-        self._there.copy_(self._pinned[self._turn], non_blocking=True)
+        self.buffer.copy_(self._pinned[self._turn], non_blocking=True)
 
 
 @dataclass(slots=True)
@@ -131,6 +132,7 @@ class Graphs:
     found: dict[Any, Graph] = field(default_factory=dict)  #: the newest use comes last
     captures: int = 0  #: made so far, chains of drafts too
     hidden: Tensor | None = None  #: [R, hidden] of the last step; the next one overwrites it
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)  #: of the last step, likewise
     layers: Layers = field(init=False)
 
     def __post_init__(self) -> None:
@@ -180,7 +182,7 @@ class Graphs:
         graph.inputs.send()
         found = graph.replay()[:n]
         assert graph.hidden is not None
-        self.hidden = graph.hidden[:n]
+        self.hidden, self.inputs = graph.hidden[:n], graph.inputs.device
         return found
 
     def _attention_key(self, kind: Kind, batch: Batch) -> tuple[Any, ...]:

@@ -55,6 +55,10 @@ class Image:
         """The row of a sequence."""
         return self._row[seq]
 
+    def knows(self, seq: SeqId) -> bool:
+        """Whether a sequence has a row."""
+        return seq in self._row
+
     def start(self, start: SeqStart) -> int:
         """Give a sequence a row and fill it."""
         row = self._free.pop()
@@ -117,11 +121,15 @@ class Image:
         mine = np.array([row in self.turns for row in rows.tolist()], np.bool_)
         return np.where(mine, slots, positions)
 
-    def draft(self, seq: SeqId, tokens: list[int]) -> None:
-        """Put proposed tokens behind the known ones, for one step; `commit` says what stays."""
+    def draft(self, seq: SeqId, tokens: list[int], late: bool = False) -> None:
+        """Put proposed tokens behind the known ones, for one step; `commit` says what stays.
+
+        `late`: they are not known yet."""
         row = self._row[seq]
         at = int(self.known[row])
         self._widen_tokens(at + len(tokens) + 1)
+        if late:
+            return
         self.tokens[row, at : at + len(tokens)] = tokens
         self.filled[row] = at + len(tokens)
 

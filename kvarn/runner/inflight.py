@@ -3,18 +3,28 @@
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from kvarn.core.plan import Choice, Draft, SpanResult, StepResult
+from kvarn.kernels.upload import download
 from kvarn.runner.batch import Batch
 from kvarn.runner.image import Image, Ints
 from kvarn.runner.pool import KVPool
 from kvarn.runner.sampler import Sampled
 from kvarn.runner.uniform import uniform
 from kvarn.runner.verify import pretend, standing, walk
+
+
+@dataclass(slots=True)
+class Seen:
+    """A replayed step's tokens and its inputs, on the device until its next replay."""
+
+    chosen: Tensor  #: [T] int32
+    said: Tensor  #: [T or more] int32, as `feed` takes them
+    rows: Tensor  #: [T or more] int32
 
 
 @dataclass(slots=True)
@@ -33,8 +43,9 @@ class InFlight:
     #: and their logprobs, on the host as `_tokens` are; None: nobody asked
     alternatives: Tensor | None = None
     choices: dict[int, Tensor] = field(default_factory=dict)  #: by span, as `choose` was told
+    seen: Seen | None = None  #: what a device needs that judges its drafts itself
     _tokens: Tensor | None = None  #: on the host once `_done` has happened
-    _done: torch.cuda.Event | None = None
+    _done: Any = None  #: the event behind the last copy
     _settled: bool = False
 
     @property
@@ -65,12 +76,7 @@ class InFlight:
 
     def _to_host(self, x: Tensor) -> Tensor:
         """Start copying: x is there once `_done` has happened."""
-        if not x.is_cuda:
-            return x
-        there = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-        there.copy_(x, non_blocking=True)
-        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._done.record()
+        there, self._done = download(x)
         return there
 
     def result(self) -> StepResult:
@@ -113,6 +119,7 @@ class InFlight:
 
     def _judge(self, batch: Batch, sampled: Sampled) -> None:
         """Commit what verification leaves of each span."""
+        batch.settle()
         tokens = np.array(sampled.tokens, np.int64)
         told = bool(sampled.errors or sampled.logprobs) or self.alternatives is not None
         if batch.forest is None and not told and tokens.min(initial=0) >= 0:

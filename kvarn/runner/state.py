@@ -1,7 +1,8 @@
-"""What a GPU itself remembers of each row between steps: its page tables and its last token.
+"""What a GPU itself remembers of each row between steps: its page tables, its last token, drafts.
 
 With them a step needs nothing that the host has yet to learn: it can be launched while the step
-before, which samples its input tokens, still runs.
+before, which samples its input tokens, still runs; and so can a step that verifies what is still
+being drafted, and a draft behind what is still being verified.
 """
 
 from collections.abc import Sequence
@@ -15,10 +16,13 @@ from kvarn.kernels.upload import upload
 from kvarn.runner.image import Image
 
 Ints = NDArray[np.int64]
+DRAFTED = 8  #: tokens drafted for a row that it remembers
 
 
 class DeviceState:
-    """Tables [n_rows * width + 1] int32 by group, and the last sampled token of each row.
+    """Tables [n_rows * width + 1] int32 by group; of each row its newest token and what was drafted
+    behind it, `last` [n_rows, 1 + DRAFTED]; and how many drafts stood when the device judged them
+    last, `moved` [n_rows].
 
     The entry behind the last row is nobody's: edits of fixed number write there when they have
     nothing to say.
@@ -29,7 +33,8 @@ class DeviceState:
         self.width = width
         self.spare = n_rows * width
         self.device = device
-        self.last = torch.zeros(n_rows, dtype=torch.int32, device=device)
+        self.last = torch.zeros(n_rows, 1 + DRAFTED, dtype=torch.int32, device=device)
+        self.moved = torch.zeros(n_rows, dtype=torch.int32, device=device)
         self.tables = [
             torch.zeros(self.spare + 1, dtype=torch.int32, device=device) for _ in range(n_groups)
         ]
@@ -59,3 +64,10 @@ class DeviceState:
         from kvarn.kernels.triton.feed import keep
 
         keep(self.last, rows, tokens)
+
+    def remember(self, ids: Tensor, rows: Ints, at: Ints) -> None:
+        """What was drafted behind `rows` [R]: columns `at` [R] of ids [n, size], n <= DRAFTED."""
+        from kvarn.kernels.triton.standing import remember
+
+        there, column = upload([rows, at], torch.int32, self.device)
+        remember(self.last, there, column, ids)

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from kvarn.core.plan import Draft, SeqId, StepPlan, StepResult
+from kvarn.core.plan import Draft, Late, SeqId, StepPlan, StepResult
 from kvarn.core.seq import Seq
 from kvarn.schedule.control import ControlPlane
 from kvarn.speculate.costs import Measured
@@ -23,8 +24,12 @@ class Speculation:
     trainer: Trainer | None = None
     listeners: list[Listener] = field(default_factory=list)  #: hear of every draft judged
     captures: Callable[[], int] = int  #: made so far: a round with one says nothing of others
+    #: told of a step with drafts that was just handed over: the next ones may begin behind it
+    begin: Callable[[Any], None] = lambda step: None
     _drafting: float = 0.0  #: seconds of the drafting that the step under way verifies
     _drafts: dict[SeqId, Draft] = field(default_factory=dict)  #: that it verifies
+    _late: list[Late] = field(default_factory=list)  #: of these, what is still being made
+    _work: tuple[int, int, int, int] = (0, 0, 0, 0)  #: drafts, longest, tokens read, asked for
     _asked: bool = False  #: drafts were asked for, so that it was planned late
     _captured: int = 0  #: captures before they were
 
@@ -89,10 +94,26 @@ class Speculation:
             if draft.tokens
         }
         most = max((len(draft.tokens) for draft in self._drafts.values()), default=0)
-        read = behind - self._behind(asks)
-        if self.captures() == self._captured:
-            self.costs.saw_draft(len(self._drafts), most, self._drafting, read, len(asks))
+        self._work = len(self._drafts), most, behind - self._behind(asks), len(asks)
+        self._late = [one.late for one in self._drafts.values() if one.late is not None]
+        if not self._late:
+            self._saw_draft()
         return self._drafts
+
+    def _saw_draft(self) -> None:
+        """Learn from what the drafting under way took."""
+        if self.captures() == self._captured:
+            seqs, most, read, asked = self._work
+            self.costs.saw_draft(seqs, most, self._drafting, read, asked)
+
+    def _settle(self) -> None:
+        """What was made while the step before was verified is there: it took the device's time."""
+        if self._late:
+            self._drafting = max(one.seconds for one in self._late)
+            self._late = []
+            for draft in self._drafts.values():
+                draft.settle()
+            self._saw_draft()
 
     def _behind(self, asks: list[Ask]) -> int:
         """Tokens that the proposer has not read, of all of them."""
@@ -100,6 +121,8 @@ class Speculation:
 
     def observe(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
         """A step came back, `seconds` after the one before it, drafting included."""
+        if self._asked:
+            self._settle()
         asked, seconds = self._asked, seconds - self._drafting
         pure = self._saw(plan, seconds)
         if not asked:

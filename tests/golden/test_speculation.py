@@ -19,6 +19,8 @@ from kvarn.speculate.speculation import Speculation
 class AnyLength:
     """Drafts as much as there is room for, now and then less, or nothing."""
 
+    looks = False
+
     def __init__(self, most: int) -> None:
         self.chance, self.most = random.Random(most), most
 

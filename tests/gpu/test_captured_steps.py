@@ -53,6 +53,13 @@ class Counting:
 def captured(folder: str, **options: Any) -> tuple[Any, Counting]:
     """A tiny engine whose runner keeps its state on the device and replays decode steps."""
     engine = make_engine(folder, device=DEVICE.type, **options)
+    capture = capture_steps(engine)
+    engine.overlap = options.get("overlap") == "on"
+    return engine, capture
+
+
+def capture_steps(engine: Any) -> Counting:
+    """Let the target's steps be captured; its pages are those that it had."""
     config, old = engine.resolved.config, engine.executor
     backend = TritonAttention()
     pages = engine.control.kv.pages
@@ -68,8 +75,7 @@ def captured(folder: str, **options: Any) -> tuple[Any, Counting]:
         old.decoder, old.groups, pool, backend, old.sampler, config.page_size, config.max_seqs,
         state, graphs, rules=old.keeping.rules,
     )  # fmt: skip
-    engine.overlap = options.get("overlap") == "on"
-    return engine, capture
+    return capture
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])

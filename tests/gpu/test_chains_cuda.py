@@ -37,6 +37,8 @@ COUNT = 4 if INTERPRETED else 12
 class Sure(AnyLength):
     """Any length, and in a round no token after a doubtful one."""
 
+    looks = True
+
     def goes_on(self, confidence: Any) -> bool:
         return bool(confidence[-1] > 0.02)
 

@@ -1,4 +1,9 @@
-"""Input ids of a step on the device: from the host, or the tokens that the step before sampled."""
+"""Input ids of a step on the device: from the host, or the tokens that the step before sampled.
+
+What the device remembers of each row is `last` [n_rows, columns]: its newest token, and behind that
+what was drafted to follow. A token that the host does not know is -1, or -2 for the first drafted
+one, and so on.
+"""
 
 import torch
 import triton
@@ -6,77 +11,54 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 256
-WIDEST = 2048  #: columns of an embedding that one program copies
 
 
 @triton.jit
-def _token(said, rows, last, at, inside):
+def token_of(said, rows, last, columns, at, inside):
     """The id of row `at`; 0 for idle rows, and where nothing could be sampled."""
     token = tl.load(said + at, mask=inside, other=0)
     row = tl.load(rows + at, mask=inside, other=-1)
-    sampled = tl.load(last + row, mask=inside & (token < 0) & (row >= 0), other=0)
+    there = row * columns - 1 - token
+    sampled = tl.load(last + there, mask=inside & (token < 0) & (row >= 0), other=0)
     return tl.maximum(tl.where(token < 0, sampled, token), 0)
 
 
 @triton.jit(do_not_specialize=["n"])
-def feed_block(said, rows, last, ids, n, BLOCK: tl.constexpr):
+def feed_block(said, rows, last, columns, ids, n, BLOCK: tl.constexpr):
     """One program for BLOCK rows."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
-    token = _token(said, rows, last, at, inside)
+    token = token_of(said, rows, last, columns, at, inside)
     tl.store(ids + at, token.to(ids.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def embed_row(said, rows, last, embed, out, scale, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """One program for BLOCK columns of a row."""
-    row = tl.program_id(0)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < DIM
-    token = _token(said, rows, last, row, True)
-    numbers = tl.load(embed + token.to(tl.int64) * DIM + at, mask=inside, other=0.0)
-    numbers = (numbers.to(tl.float32) * scale).to(numbers.dtype)
-    tl.store(out + row.to(tl.int64) * DIM + at, numbers, mask=inside)
-
-
 @triton.jit(do_not_specialize=["n"])
-def keep_block(last, rows, tokens, n, BLOCK: tl.constexpr):
+def keep_block(last, columns, rows, tokens, n, BLOCK: tl.constexpr):
     """One program for BLOCK rows."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
     row = tl.load(rows + at, mask=inside, other=-1)
     token = tl.load(tokens + at, mask=inside, other=0)
-    tl.store(last + row, tl.maximum(token, 0).to(last.dtype.element_ty), mask=inside & (row >= 0))
+    token = tl.maximum(token, 0).to(last.dtype.element_ty)
+    tl.store(last + row * columns, token, mask=inside & (row >= 0))
 
 
 def feed(said: Tensor, rows: Tensor, last: Tensor) -> Tensor:
-    """Ids [T] int64: `said` [T], or where it is negative `last[rows]`; idle rows (-1) get 0."""
+    """Ids [T] int64: `said` [T], or where it is negative what `last` has; idle rows (-1) get 0."""
     ids = torch.empty(said.shape, dtype=torch.int64, device=said.device)
     n = len(said)
     if n:
-        feed_block[(triton.cdiv(n, BLOCK),)](said, rows, last, ids, n, BLOCK, num_warps=2)
+        grid = (triton.cdiv(n, BLOCK),)
+        feed_block[grid](said, rows, last, last.shape[1], ids, n, BLOCK, num_warps=2)
     return ids
 
 
-def feed_embed(
-    said: Tensor, rows: Tensor, last: Tensor, embed: Tensor, scale: float = 1.0
-) -> Tensor:
-    """Rows `feed(said, rows, last)` of `embed` [vocab, hidden] times `scale`: [T, hidden]."""
-    dim = embed.shape[1]
-    out = torch.empty((len(said), dim), dtype=embed.dtype, device=embed.device)
-    block = min(triton.next_power_of_2(dim), WIDEST)
-    if len(said):
-        embed_row[(len(said), triton.cdiv(dim, block))](
-            said, rows, last, embed, out, scale, dim, block, num_warps=4
-        )
-    return out
-
-
 def keep(last: Tensor, rows: Tensor, tokens: Tensor) -> None:
-    """last[rows] = tokens, for the rows that are not idle (-1); no token (-1) becomes 0.
+    """last[rows, 0] = tokens, for the rows that are not idle (-1); no token (-1) becomes 0.
 
     A row may occur once.
     """
     n = len(rows)
     if n:
-        keep_block[(triton.cdiv(n, BLOCK),)](last, rows, tokens, n, BLOCK, num_warps=2)
+        grid = (triton.cdiv(n, BLOCK),)
+        keep_block[grid](last, last.shape[1], rows, tokens, n, BLOCK, num_warps=2)

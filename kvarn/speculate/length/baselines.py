@@ -22,6 +22,7 @@ class Heuristic(Part):
 
     name, kind = "hf-heuristic", "draft-length"
     regime = "A baseline for small batches; slow to shrink when acceptance falls. Blind to costs."
+    looks = False
 
     def __init__(self) -> None:
         self._lengths: dict[SeqId, int] = {}
@@ -59,6 +60,7 @@ class Confidence(Part):
 
     name, kind = "confidence", "draft-length"
     regime = "A baseline for proposers that know how sure they are. Blind to costs, always drafts."
+    looks = True
 
     def rests(self) -> bool:
         """Never."""

@@ -16,6 +16,7 @@ class Fixed(Part):
 
     name, kind, paper = "fixed", "draft-length", "2211.17192"
     regime = "The baseline. Best where nothing changes; slower than no drafts at large batches."
+    looks = False
 
     def rests(self) -> bool:
         """Never."""

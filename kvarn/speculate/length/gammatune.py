@@ -42,6 +42,7 @@ class GammaTune(Part):
 
     name, kind, paper = "gammatune", "draft-length", "2504.00030"
     regime = "Acceptance that changes within a request, at small batches. Blind to costs."
+    looks = False
 
     def __init__(self, rates: Rates | None = None) -> None:
         self.rates = rates or Rates()
@@ -90,6 +91,7 @@ class GammaTunePlus(GammaTune):
 
     name = "gammatune-plus"
     regime = "As gammatune, for proposers that know how sure they are. Blind to costs."
+    looks = True
     tau = 0.4  #: least confidence of a token that is kept
 
     def goes_on(self, confidence: Sequence[float]) -> bool:

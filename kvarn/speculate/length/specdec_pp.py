@@ -39,6 +39,7 @@ class SpecDecPP(Part):
         "Proposers that draft token by token and know how sure they are, at small batches. Loses "
         "where confidence says nothing of acceptance, and at large batches: it always drafts."
     )
+    looks = True
 
     def __init__(self, threshold: float | None = None) -> None:
         """`threshold`: probability of a rejection that ends a draft; None: by measured costs."""

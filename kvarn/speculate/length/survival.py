@@ -70,6 +70,7 @@ class Survival(Part):
         "The default: gives drafts up where they do not pay, and loses about a hundredth of the "
         "time by finding out. Loses to the best fixed length where that is known."
     )
+    looks = True
 
     def __init__(self) -> None:
         self._past: dict[SeqId, Past] = {}

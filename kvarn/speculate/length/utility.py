@@ -70,6 +70,7 @@ class Utility(Part):
         "Costly verification and acceptance that is stable for tens of rounds, at small batches. "
         "Loses to the best fixed length on short answers, which end before their tests do."
     )
+    looks = False
 
     def __init__(self) -> None:
         self._states: dict[SeqId, _State] = {}

@@ -6,7 +6,9 @@ step's budget. Each token's probability under it is the confidence that length c
 with an acceptance head it is the head's word, which comes one token late: until then its own.
 
 Where its steps are captured, several tokens of greedy drafts are one replay (`kvarn.runner.chain`):
-the length control has its in-round say when they are there, and before the next replay.
+the length control has its in-round say when they are there, and before the next replay. Where it
+has none, and the target's steps are captured, too, nobody waits for them before they are verified;
+and in any case the next drafts are begun behind the step that verifies these (`begun`).
 
 Drafts are its most likely tokens (DELTA). Where they are to be drawn and the request samples, they
 are drawn as the request's tokens are, at its temperature, top-k, top-p and min-p, and verification
@@ -35,8 +37,19 @@ from kvarn.models.decoder import Decoder
 from kvarn.runner.chain import Chains
 from kvarn.runner.drafting import DraftSampler
 from kvarn.runner.executor import Runner
+from kvarn.runner.inflight import InFlight
+from kvarn.runner.state import DRAFTED
 from kvarn.speculate.part import Ask, LengthControl, Verified
-from kvarn.speculate.propose.making import Follower, Making, parted, replay
+from kvarn.speculate.propose.begun import Begun, begin
+from kvarn.speculate.propose.making import (
+    Follower,
+    Making,
+    launch,
+    parted,
+    promise,
+    replay,
+    take,
+)
 from kvarn.speculate.train.head import AcceptanceHead
 
 #: most likely token, with its probability
@@ -73,6 +86,8 @@ class DraftModel(Part):
         self.draws, self.head, self.chains = draws, head, chains
         if head is not None:
             runner.watcher = self._judge
+        self.target: Runner | None = None  #: whose captured steps drafts go to
+        self._begun: dict[SeqId, Begun] = {}
         self._own: dict[int, float] = {}  # by image row: the drafter's word on its newest token
         self._accepted: dict[int, float] = {}  # by image row: the head's word on the one before
         self._followers: dict[SeqId, Follower] = {}
@@ -84,14 +99,21 @@ class DraftModel(Part):
         """Catch up, then draft while somebody goes on; empty where the drafter is behind."""
         self._now += 1.0
         wanted = {ask.seq.id for ask in asks}
-        drafts = {}
+        drafts, begun, self._begun = dict[SeqId, Making](), self._begun, {}
+        made = dict[SeqId, Making]()
         plan = self._plan()
         spare = self.budget
         for ask in asks:
+            before = begun.get(ask.seq.id)
+            follower = self._followers.get(ask.seq.id)
+            goes_on = before is not None and before.follows(follower, ask.seq)
             follower = self._follow(ask, plan, wanted)
             if follower is None or spare < 1:
                 continue
             seq = follower.seq
+            if before is not None and goes_on:
+                made[seq.id] = self._made(before, ask, control)
+                continue
             count = min(len(seq.tokens) - seq.computed, spare)
             spare -= count
             caught_up = seq.computed + count == len(seq.tokens)
@@ -104,7 +126,29 @@ class DraftModel(Part):
         elif plan.spans:
             self._run(plan, drafts)
             self._go_on(drafts, control)
+        drafts |= made
         return [drafts[ask.seq.id].draft if ask.seq.id in drafts else Draft() for ask in asks]
+
+    def begin(self, step: InFlight) -> None:
+        """Have the next drafts made behind a step of the target's that verifies the last ones."""
+        windows = any(group.window is not None for group in self.runner.groups)
+        if self.target is None or self.chains is None or self.head is not None or windows:
+            return
+        plan, self._gone = self._plan(), []
+        self._begun = begin(
+            step, self.target, self.runner, self.chains, self.kv, plan, self._followers, self._now
+        )
+
+    def _made(self, before: Begun, ask: Ask, control: LengthControl) -> Making:
+        """A draft that was begun, for a follower that knows what stood before it."""
+        one, seq = Making(before.follower, ask.most, Draft()), before.follower.seq
+        seq.computed = len(seq.tokens) + before.count - 1
+        if control.looks:
+            said = before.late.saying.wait()[before.late.at]
+            take(one, said[: ask.most], control, False, self.runner.image)
+        else:
+            promise(one, before.late, min(before.count, ask.most))
+        return one
 
     def behind(self, seq: Seq) -> int:
         """Tokens without KV; of a prompt all, though its beginning may lie in the prefix index."""
@@ -145,6 +189,7 @@ class DraftModel(Part):
             fresh = False
         if follower is None:
             return None
+        follower.asked, follower.goal = ask.most, ask.seq.goal
         seq, edits = follower.seq, list[TableEdit]()
         end = len(seq.tokens) + ask.most
         if end > seq.capacity:
@@ -189,6 +234,7 @@ class DraftModel(Part):
 
     def _correct(self, follower: Follower) -> None:
         """Put what the target committed in place of what was drafted."""
+        follower.settle()
         seq, known = follower.seq, follower.known
         image, new = self.runner.image, seq.tokens[known:]
         agreed = 0
@@ -253,10 +299,15 @@ class DraftModel(Part):
             plan.spans, self._gone = behind, []
             self.runner.run(plan)
             plan = self._plan()
+        longest = max((one.most for one in drafts.values()), default=0)
+        unseen = self.target is not None and not control.looks and longest <= DRAFTED
         while last:
             plan.spans, self._gone = last, []
             batch = self.runner.lay_out(plan)
             making = [drafts[last[i].seq] for i in batch.spans.tolist()]
+            if unseen and self.head is None:
+                launch(chains, batch, making)
+                return
             last = replay(chains, batch, making, control, self.head is not None)
             plan = self._plan() if last else plan
 

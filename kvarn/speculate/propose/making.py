@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from kvarn.core.plan import Draft, SeqId, Span
+from kvarn.core.plan import LATE, Draft, SeqId, Span
 from kvarn.core.seq import Seq
 from kvarn.runner.batch import Batch
-from kvarn.runner.chain import Chains, Said
+from kvarn.runner.chain import Chains, LateDraft, Said
 from kvarn.runner.image import Image
 from kvarn.speculate.part import LengthControl
 
@@ -30,6 +30,14 @@ class Follower:
     seq: Seq
     known: int = 0  #: leading tokens that the drafter's image holds as the target has them
     drafted: list[int] | None = None  #: what it proposed after these
+    late: LateDraft | None = None  #: who will know that
+    asked: int = 0  #: tokens that were wanted last
+    goal: int = 0  #: tokens that the target's sequence may come to
+
+    def settle(self) -> None:
+        """Wait for what it proposed, if that is still being made."""
+        if self.late is not None:
+            self.drafted, self.late = self.late.said()[0], None
 
 
 @dataclass(slots=True)
@@ -71,19 +79,34 @@ def replay(
     at_once = JUDGED_AT_ONCE if judged else AT_ONCE
     most = [min(one.most - len(one.draft.tokens), at_once) for one in making]
     sure = [one.draft.confidence[-1] if one.draft.tokens else 1.0 for one in making]
-    found = chains.run(batch, np.array(most, np.int64), sure)
+    found = chains.launch(batch, np.array(most, np.int64), sure).wait()
     spans = list[Span]()
     for one, count, said in zip(making, most, found, strict=True):
         seq = one.follower.seq
         seq.computed += count - 1
         whole = len(said) == count  # else a fault ends it
-        if _take(one, said, control, judged, chains.image) and whole:
+        if take(one, said, control, judged, chains.image) and whole:
             spans.append(Span(seq.id, seq.computed, 1))
             seq.computed += 1
     return spans
 
 
-def _take(one: Making, said: Said, control: LengthControl, judged: bool, image: Image) -> bool:
+def launch(chains: Chains, batch: Batch, making: Sequence[Making]) -> None:
+    """All tokens of each span's draft in one replay, which nobody waits for."""
+    most = [one.most for one in making]
+    saying = chains.launch(batch, np.array(most, np.int64), [])
+    for at, (one, count) in enumerate(zip(making, most, strict=True)):
+        one.follower.seq.computed += count - 1
+        promise(one, LateDraft(saying, at), count)
+
+
+def promise(one: Making, late: LateDraft, count: int) -> None:
+    """Its draft are so many tokens that are still being made."""
+    one.draft.tokens, one.draft.confidence = [LATE] * count, [1.0] * count
+    one.draft.late = one.follower.late = late
+
+
+def take(one: Making, said: Said, control: LengthControl, judged: bool, image: Image) -> bool:
     """Of what a replay says, what the control wants; whether it wants more."""
     draft, seq = one.draft, one.follower.seq
     known = len(draft.tokens)
