@@ -15,7 +15,6 @@ it stands. It is laid out as if nothing did, with two rows for every sequence; w
 to stand moves it on (`kvarn.kernels.triton.standing`).
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -57,24 +56,30 @@ class Saying:
     """What a replay says of some sequences, when the device has come to it."""
 
     def __init__(self, said: Tensor, most: list[int], began: Any) -> None:
-        """`said` [2 or 3, passes, size], which the chain's next replay overwrites: the first
-        `most[s]` of column s are of sequence s. `began`: the event before the replay, if any."""
+        """`said` [2 or 3, passes, size]: the first `most[s]` of column s are of sequence s.
+        `began`: the event before the replay, if any."""
         self.ids, self.most, self._began = said[0], most, began
         self._there, self._done = download(said)
-        self._numbers: NDArray[np.float64] | None = None
+        self._lists: list[tuple[list[int], list[float]]] | None = None
 
-    def numbers(self) -> NDArray[np.float64]:
+    def _numbers(self) -> NDArray[np.float64]:
         """[2 or 3, passes, size], once they are there."""
-        if self._numbers is None:
-            if self._done is not None:
-                self._done.synchronize()
-            self._numbers = self._there.numpy().astype(np.float64)
-        return self._numbers
+        if self._done is not None:
+            self._done.synchronize()
+        return self._there.numpy().astype(np.float64)
 
     def wait(self) -> list[Said]:
         """By sequence; a fault of the logits ends a draft."""
-        found = self.numbers()
+        found = self._numbers()
         return [_draft(found[:, :count, s]) for s, count in enumerate(self.most)]
+
+    def lists(self) -> list[tuple[list[int], list[float]]]:
+        """By sequence: its tokens, and how sure the drafter is of each (0: a fault)."""
+        if self._lists is None:
+            ids, sure, *_ = self._numbers()[:, :, : len(self.most)].transpose(0, 2, 1)
+            rows = zip(ids.astype(np.int64).tolist(), np.nan_to_num(np.exp(sure)).tolist())
+            self._lists = [(a[:n], b[:n]) for n, (a, b) in zip(self.most, rows)]
+        return self._lists
 
     @property
     def seconds(self) -> float:
@@ -99,9 +104,7 @@ class LateDraft:
 
     def said(self) -> tuple[list[int], list[float]]:
         """Its tokens, and how sure the drafter is of each; waits for them."""
-        ids, sure, *_ = self.saying.numbers()[:, : self.saying.most[self.at], self.at].tolist()
-        confidence = [math.exp(one) if one == one else 0.0 for one in sure]  # 0.0: no number
-        return list(map(int, ids)), confidence
+        return self.saying.lists()[self.at]
 
 
 @dataclass(slots=True)
@@ -138,7 +141,8 @@ class Chains:
             began.record()
         chain.inputs.send()
         assert chain.replay is not None
-        return Saying(chain.replay(), most.tolist(), began)
+        # a copy: there may be another replay before a step has read this one's tokens
+        return Saying(chain.replay().clone(), most.tolist(), began)
 
     def _find(self, size: int, batch: Batch, rows: list[list[PagedRows]], passes: int) -> Chain:
         """A chain for these rows, by pass and group: its own, or a longer one while it is new."""

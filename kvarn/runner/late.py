@@ -27,13 +27,12 @@ from kvarn.runner.uniform import uniform
 def wait_where_seen(plan: StepPlan, image: Image, sampler: Sampler, state: bool) -> None:
     """Wait for drafts that are being made where anything but a device with `state` looks at them:
     rules for their sequences, whose probabilities depend on the tokens before."""
-    late = [draft for draft in plan.drafts.values() if draft.late is not None]
-    if not late:
+    if all(draft.late is None for draft in plan.drafts.values()):
         return
-    seqs = [seq for seq in plan.drafts if image.knows(seq)]
-    blind = state and len(seqs) == len(plan.drafts) and sampler.plain(image.rows(seqs))
-    for draft in [] if blind else late:
-        draft.settle()
+    there = all(map(image.knows, plan.drafts))  # else one begins anew, and may have rules
+    if not (state and there and sampler.plain(image.rows(list(plan.drafts)))):
+        for draft in plan.drafts.values():
+            draft.settle()
 
 
 def remember(drafts: Mapping[SeqId, Draft], image: Image, state: DeviceState) -> None:

@@ -49,7 +49,8 @@ def blurred(folder: str, **options: Any) -> Engine:
         folder, device=DEVICE.type, speculate="draft", draft_model=folder, draft_tokens=5,
         draft_length="fixed", **options,
     )  # fmt: skip
-    proposer_of(engine).chains = None  # on a GPU it comes with some
+    proposer_of(engine).chains = None  # on a GPU it comes with some, and with captured steps
+    proposer_of(engine).target = None
     embed = proposer_of(engine).runner.decoder.embed
     noise = torch.randn(embed.shape, generator=torch.Generator().manual_seed(1))
     embed += 0.25 * embed.std() * noise.to(DEVICE)

@@ -138,7 +138,7 @@ def test_whoever_looks_waits(tiny_folder: Any, used: list[Begun]) -> None:
         SamplingParams(temperature=0.0, max_tokens=14, repetition_penalty=3.0, ignore_eos=True),
         SamplingParams(temperature=0.0, max_tokens=14, logprobs=2, ignore_eos=True),
         SamplingParams(temperature=0.8, seed=5, max_tokens=14, ignore_eos=True),
-        SamplingParams(temperature=0.0, max_tokens=14, stop_ids=(5, 6, 7, 8, 9)),
+        SamplingParams(temperature=0.0, max_tokens=14, stop_token_ids=(5, 6, 7, 8, 9)),
     ]
     requests = [Request(f"r{i}", [3 + i, 4, 5], kind) for i, kind in enumerate(kinds * 2)]
     answers = run(make_engine(tiny_folder("llama"), device=DEVICE.type), requests, seed=1)

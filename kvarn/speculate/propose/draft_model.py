@@ -48,7 +48,6 @@ from kvarn.speculate.propose.making import (
     parted,
     promise,
     replay,
-    take,
 )
 from kvarn.speculate.train.head import AcceptanceHead
 
@@ -88,6 +87,7 @@ class DraftModel(Part):
             runner.watcher = self._judge
         self.target: Runner | None = None  #: whose captured steps drafts go to
         self._begun: dict[SeqId, Begun] = {}
+        self._taken: list[tuple[Making, Begun]] = []  # of these, what the step under way verifies
         self._own: dict[int, float] = {}  # by image row: the drafter's word on its newest token
         self._accepted: dict[int, float] = {}  # by image row: the head's word on the one before
         self._followers: dict[SeqId, Follower] = {}
@@ -99,21 +99,20 @@ class DraftModel(Part):
         """Catch up, then draft while somebody goes on; empty where the drafter is behind."""
         self._now += 1.0
         wanted = {ask.seq.id for ask in asks}
+        self._taken.clear()
         drafts, begun, self._begun = dict[SeqId, Making](), self._begun, {}
         made = dict[SeqId, Making]()
         plan = self._plan()
         spare = self.budget
         for ask in asks:
             before = begun.get(ask.seq.id)
-            follower = self._followers.get(ask.seq.id)
-            goes_on = before is not None and before.follows(follower, ask.seq)
+            if before and before.follows(self._followers.get(ask.seq.id), ask.seq):
+                made[ask.seq.id] = self._made(before, ask, control)
+                continue
             follower = self._follow(ask, plan, wanted)
             if follower is None or spare < 1:
                 continue
             seq = follower.seq
-            if before is not None and goes_on:
-                made[seq.id] = self._made(before, ask, control)
-                continue
             count = min(len(seq.tokens) - seq.computed, spare)
             spare -= count
             caught_up = seq.computed + count == len(seq.tokens)
@@ -121,9 +120,11 @@ class DraftModel(Part):
             seq.computed += count
             if caught_up:
                 drafts[seq.id] = Making(follower, ask.most, Draft())
-        if self.chains is not None and all(one.greedy for one in drafts.values()):
+        if not plan.spans:
+            pass
+        elif self.chains is not None and all(one.greedy for one in drafts.values()):
             self._chain(self.chains, plan, drafts, control)
-        elif plan.spans:
+        else:
             self._run(plan, drafts)
             self._go_on(drafts, control)
         drafts |= made
@@ -131,6 +132,14 @@ class DraftModel(Part):
 
     def begin(self, step: InFlight) -> None:
         """Have the next drafts made behind a step of the target's that verifies the last ones."""
+        for one, before in self._taken:
+            follower, seq = one.follower, one.follower.seq
+            if self._followers.get(seq.id) is not follower:
+                continue
+            self._correct(follower)
+            seq.computed = len(seq.tokens) + before.count - 1
+            follower.drafted, follower.late = one.draft.tokens, one.draft.late
+        self._taken.clear()
         windows = any(group.window is not None for group in self.runner.groups)
         if self.target is None or self.chains is None or self.head is not None or windows:
             return
@@ -140,14 +149,20 @@ class DraftModel(Part):
         )
 
     def _made(self, before: Begun, ask: Ask, control: LengthControl) -> Making:
-        """A draft that was begun, for a follower that knows what stood before it."""
-        one, seq = Making(before.follower, ask.most, Draft()), before.follower.seq
-        seq.computed = len(seq.tokens) + before.count - 1
+        """A draft that was begun. What stood before it is booked when this has been handed over:
+        the device waits."""
+        one = Making(before.follower, ask.most, Draft())
+        before.follower.asked, before.follower.goal = ask.most, ask.seq.goal
         if control.looks:
-            said = before.late.saying.wait()[before.late.at]
-            take(one, said[: ask.most], control, False, self.runner.image)
+            draft, said = one.draft, before.late.saying.wait()[before.late.at]
+            for token, logprob, _ in said[: ask.most]:
+                if draft.tokens and not control.goes_on(draft.confidence):
+                    break
+                draft.tokens.append(token)
+                draft.confidence.append(math.exp(logprob))
         else:
             promise(one, before.late, min(before.count, ask.most))
+        self._taken.append((one, before))
         return one
 
     def behind(self, seq: Seq) -> int:

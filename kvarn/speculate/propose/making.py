@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from kvarn.core.plan import LATE, Draft, SeqId, Span
+from kvarn.core.plan import LATE, Draft, Late, SeqId, Span
 from kvarn.core.seq import Seq
 from kvarn.runner.batch import Batch
 from kvarn.runner.chain import Chains, LateDraft, Said
@@ -30,7 +30,7 @@ class Follower:
     seq: Seq
     known: int = 0  #: leading tokens that the drafter's image holds as the target has them
     drafted: list[int] | None = None  #: what it proposed after these
-    late: LateDraft | None = None  #: who will know that
+    late: Late | None = None  #: who will know that
     asked: int = 0  #: tokens that were wanted last
     goal: int = 0  #: tokens that the target's sequence may come to
 
@@ -85,7 +85,7 @@ def replay(
         seq = one.follower.seq
         seq.computed += count - 1
         whole = len(said) == count  # else a fault ends it
-        if take(one, said, control, judged, chains.image) and whole:
+        if _take(one, said, control, judged, chains.image) and whole:
             spans.append(Span(seq.id, seq.computed, 1))
             seq.computed += 1
     return spans
@@ -98,15 +98,16 @@ def launch(chains: Chains, batch: Batch, making: Sequence[Making]) -> None:
     for at, (one, count) in enumerate(zip(making, most, strict=True)):
         one.follower.seq.computed += count - 1
         promise(one, LateDraft(saying, at), count)
+        one.follower.late = one.draft.late
 
 
 def promise(one: Making, late: LateDraft, count: int) -> None:
     """Its draft are so many tokens that are still being made."""
     one.draft.tokens, one.draft.confidence = [LATE] * count, [1.0] * count
-    one.draft.late = one.follower.late = late
+    one.draft.late = late
 
 
-def take(one: Making, said: Said, control: LengthControl, judged: bool, image: Image) -> bool:
+def _take(one: Making, said: Said, control: LengthControl, judged: bool, image: Image) -> bool:
     """Of what a replay says, what the control wants; whether it wants more."""
     draft, seq = one.draft, one.follower.seq
     known = len(draft.tokens)
