@@ -18,6 +18,7 @@ to stand moves it on (`kvarn.kernels.triton.standing`).
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,7 @@ class Saying:
             self._lists = [(a[:n], b[:n]) for n, (a, b) in zip(self.most, rows)]
         return self._lists
 
-    @property
+    @cached_property
     def seconds(self) -> float:
         """What it took the device; 0 where nobody measured. Waits for it."""
         if self._began is None:

@@ -98,7 +98,8 @@ class Round:
 class LengthControl(Protocol):
     """How many tokens to draft. Left side: plain data in, plain data out; keeps its own state."""
 
-    looks: bool  #: whether `goes_on` may say no: a draft is then waited for before it is verified
+    #: whether `goes_on` may say no, and that is worth waiting for where a draft comes as a whole
+    looks: bool
 
     def rests(self) -> bool:
         """Asked first in every round: whether nobody is drafted for, whoever runs."""

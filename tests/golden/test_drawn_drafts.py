@@ -21,7 +21,7 @@ from kvarn.engine.engine import Engine
 from kvarn.runner import sampler as sampling
 from kvarn.runner.drafting import DraftSampler
 from kvarn.runner.verify import Run
-from kvarn.speculate.propose.draft_model import GREEDY
+from kvarn.speculate.propose.following import GREEDY
 from kvarn.speculate.records import Record
 
 N, PROMPT = 4000, [3, 14, 15]

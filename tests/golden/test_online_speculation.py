@@ -253,8 +253,9 @@ def test_idle_learns_only_while_no_request_runs(folders: dict[str, str]) -> None
     trainer.ask = listened
     run(engine, make_requests(8, seed=2), seed=0)
     assert trainer.failed == "" and told[-1] is False and any(told)
-    assert {bool(count) for _, count in asked} == {True, False}  # with enough, steps keep nothing
-    assert all(wanted == bool(count) for wanted, count in asked)
+    assert not any(count for wanted, count in asked if not wanted)  # enough: steps keep nothing
+    kept = [bool(count) for wanted, count in asked if wanted]
+    assert 0 < sum(kept) <= len(kept) // trainer.pace.seldom + 1
     engine.close()
 
 

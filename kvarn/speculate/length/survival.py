@@ -47,6 +47,7 @@ PLAIN = 4  #: rounds without drafts that measure the plain step: the first does 
 #: without: so many, or as many more as keep the time to think at such a share of the steps'
 QUIET, THOUGHT = 8, 0.004
 REFRESH = 200  #: rounds with drafts after which it is measured again
+LOOKS = 1.25  #: plain steps that one with drafts takes, from which on cutting them pays for a wait
 GRID = 24  #: numbers of drafted tokens that are compared
 GROWS, HALF = 2, 2  #: a step is no larger than so many times what was seen, or than one more draft
 #: for each second sequence: what lies further is a guess
@@ -70,7 +71,6 @@ class Survival(Part):
         "The default: gives drafts up where they do not pay, and loses about a hundredth of the "
         "time by finding out. Loses to the best fixed length where that is known."
     )
-    looks = True
 
     def __init__(self) -> None:
         self._past: dict[SeqId, Past] = {}
@@ -87,6 +87,7 @@ class Survival(Part):
         self._back = 0.0  # what going back to such steps costs [plain steps]
         self._reading: set[SeqId] = set()  # being read
         self._reads = 0.0  # of the round under way: reading takes so long [plain steps]
+        self.looks = True  # what is cut from a draft that came as a whole pays for waiting for it
 
     def rests(self) -> bool:
         """While the plain step is measured, and after a look that found nothing."""
@@ -125,6 +126,7 @@ class Survival(Part):
             return [0] * n
         self._since += 1
         self._asked = sum(lengths)
+        self.looks = costs.verifying(n + self._asked) > LOOKS * self._plain
         return lengths
 
     def goes_on(self, confidence: Sequence[float]) -> bool:

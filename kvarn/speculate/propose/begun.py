@@ -7,19 +7,22 @@ all the same: a draft that it wants shorter is cut, and one that it does not wan
 length grows a round later, and a round without drafts comes after one that was made for nothing.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvarn.core.plan import SeqId, Span, StepPlan
+from kvarn.core.plan import Draft, SeqId, Span, StepPlan
 from kvarn.core.seq import Seq
-from kvarn.kv.manager import KVManager
 from kvarn.runner.chain import Chains, LateDraft
 from kvarn.runner.executor import Runner
+from kvarn.runner.image import Image
 from kvarn.runner.inflight import InFlight
 from kvarn.runner.late import Verified, judge, verified
 from kvarn.runner.state import DRAFTED
-from kvarn.speculate.propose.making import Follower
+from kvarn.speculate.part import Ask, LengthControl
+from kvarn.speculate.propose.following import Following
+from kvarn.speculate.propose.making import Follower, promise
 
 
 @dataclass(slots=True)
@@ -37,48 +40,92 @@ class Begun:
         new = len(self.step.outcome.tokens[self.span])
         return follower is self.follower and len(seq.tokens) == self.follower.known + new
 
+    def said(self, most: int, control: LengthControl) -> Draft:
+        """As much of it as is wanted; waited for where the control looks at it."""
+        draft = Draft()
+        if not control.looks:
+            promise(draft, self.late, min(self.count, most))
+            return draft
+        for token, logprob, _ in self.late.saying.wait()[self.late.at][:most]:
+            if draft.tokens and not control.goes_on(draft.confidence):
+                break
+            draft.tokens.append(token)
+            draft.confidence.append(math.exp(logprob))
+        return draft
 
-def begin(
-    step: InFlight, target: Runner, drafter: Runner, chains: Chains, kv: KVManager, plan: StepPlan,
-    followers: dict[SeqId, Follower], now: float,
-) -> dict[SeqId, Begun]:  # fmt: skip
-    """Launch the next drafts behind `step` of the target's runner; by sequence. `plan`: an empty
-    one of the drafter."""
-    which = verified(step)
-    if which is None or drafter.state is None or target.state is None:
-        return {}
-    ready, most = list[int](), list[int]()
-    for i, (seq_id, drafts) in enumerate(zip(which.seqs, which.drafts.tolist(), strict=True)):
-        follower = followers.get(seq_id)
-        if follower is None or follower.known != len(follower.seq.tokens) or follower.known < 2:
-            continue
-        if follower.seq.request.sampling.temperature > 0:
-            continue  # its drafts are drawn
+
+@dataclass(slots=True)
+class Ahead:
+    """The drafts that are begun, by sequence, and what of them is being verified."""
+
+    following: Following
+    begun: dict[SeqId, Begun] = field(default_factory=dict)
+    taken: list[tuple[Draft, Begun]] = field(default_factory=list)
+
+    def take(self, ask: Ask, control: LengthControl) -> Draft | None:
+        """The draft of a sequence, if one was begun that follows what is known now."""
+        found = self.begun.pop(ask.seq.id, None)
+        if found is None or not found.follows(self.following.of(ask.seq.id), ask.seq):
+            return None
+        found.follower.wants(ask)
+        draft = found.said(ask.most, control)
+        self.taken.append((draft, found))
+        return draft
+
+    def book(self, image: Image) -> None:
+        """What stood before the drafts that were taken; once these have been handed over, since
+        the device waits for that."""
+        for draft, found in self.taken:
+            follower, seq = found.follower, found.follower.seq
+            if self.following.of(seq.id) is follower:
+                self.following.correct(follower, image)
+                seq.computed = len(seq.tokens) + found.count - 1
+                follower.drafted, follower.late = draft.tokens, draft.late
+        self.taken.clear()
+
+    def begin(
+        self, step: InFlight, target: Runner, drafter: Runner, chains: Chains, plan: StepPlan
+    ) -> None:
+        """Launch the next drafts behind `step` of the target's runner, with an empty `plan` of the
+        drafter's. None are begun where the device cannot judge those before."""
+        which = verified(step)
+        if which is None or drafter.state is None or target.state is None:
+            return
+        ready, most = list[int](), list[int]()
+        for i, (seq_id, drafts) in enumerate(zip(which.seqs, which.drafts.tolist(), strict=True)):
+            follower = self.following.of(seq_id)
+            count = 0 if follower is None else self._reach(follower, drafts, plan)
+            if follower is not None and count:
+                plan.spans.append(Span(seq_id, len(follower.seq.tokens) - 1, 2))
+                ready.append(i)
+                most.append(count)
+        if ready:
+            self._launch(step, which.only(ready), most, target, drafter, chains, plan)
+
+    def _reach(self, follower: Follower, drafts: int, plan: StepPlan) -> int:
+        """Tokens to draft behind `drafts` that are being verified, with pages for all; or 0."""
+        seq, known = follower.seq, follower.known
         count = min(follower.asked, DRAFTED)
-        end = follower.known + drafts + 1 + count
-        edits = None if end > follower.goal else kv.reserve(follower.seq, end, now)
+        end = known + drafts + 1 + count
+        drawn = seq.request.sampling.temperature > 0
+        if drawn or known < 2 or known != len(seq.tokens) or end > follower.goal:
+            return 0
+        edits = self.following.kv.reserve(seq, end, self.following.now)
         if edits is None:
-            continue
+            return 0
         plan.edits += edits
-        plan.spans.append(Span(seq_id, follower.known - 1, 2))
-        ready.append(i)
-        most.append(count)
-    if not ready:
-        return {}
-    return _launched(step, which.only(ready), most, target, drafter, chains, plan, followers)
+        return count
 
-
-def _launched(
-    step: InFlight, which: Verified, most: list[int], target: Runner, drafter: Runner,
-    chains: Chains, plan: StepPlan, followers: dict[SeqId, Follower],
-) -> dict[SeqId, Begun]:  # fmt: skip
-    """Behind the last token that is known: what of the drafts behind that stands moves it on."""
-    assert drafter.state is not None and target.state is not None
-    batch = drafter.lay_out(plan)
-    batch.tokens = np.tile([-1, -2], len(which.seqs))  # as `judge` finds them
-    judge(step, which, target.state, batch.rows, drafter.state)
-    saying = chains.launch(batch, np.array(most, np.int64), [], batch.rows.tolist())
-    return {
-        seq: Begun(followers[seq], step, span, LateDraft(saying, at), count)
-        for at, (seq, span, count) in enumerate(zip(which.seqs, which.spans, most, strict=True))
-    }
+    def _launch(
+        self, step: InFlight, which: Verified, most: list[int], target: Runner, drafter: Runner,
+        chains: Chains, plan: StepPlan,
+    ) -> None:  # fmt: skip
+        """Behind the last token that is known: what of the drafts behind that stands moves it."""
+        assert drafter.state is not None and target.state is not None
+        batch = drafter.lay_out(plan)
+        batch.tokens = np.tile([-1, -2], len(which.seqs))  # as `judge` leaves them
+        judge(step, which, target.state, batch.rows, drafter.state)
+        saying = chains.launch(batch, np.array(most, np.int64), [], batch.rows.tolist())
+        for at, (seq, span, count) in enumerate(zip(which.seqs, which.spans, most, strict=True)):
+            late = LateDraft(saying, at)
+            self.begun[seq] = Begun(self.following.followers[seq], step, span, late, count)

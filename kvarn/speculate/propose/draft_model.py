@@ -22,14 +22,12 @@ batches), and against model-free proposers on text that repeats itself.
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from kvarn.core.part import Cap, Part
-from kvarn.core.plan import Draft, SeqId, SeqStart, Span, StepPlan, TableEdit
-from kvarn.core.request import SamplingParams
+from kvarn.core.plan import Draft, SeqId, Span, StepPlan
 from kvarn.core.seq import Seq
 from kvarn.kernels.attention import Ints
 from kvarn.kv.manager import KVManager
@@ -40,19 +38,15 @@ from kvarn.runner.executor import Runner
 from kvarn.runner.inflight import InFlight
 from kvarn.runner.state import DRAFTED
 from kvarn.speculate.part import Ask, LengthControl, Verified
-from kvarn.speculate.propose.begun import Begun, begin
+from kvarn.speculate.propose.begun import Ahead
+from kvarn.speculate.propose.following import Following
 from kvarn.speculate.propose.making import (
-    Follower,
     Making,
     launch,
     parted,
-    promise,
     replay,
 )
 from kvarn.speculate.train.head import AcceptanceHead
-
-#: most likely token, with its probability
-GREEDY = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True, logprobs=0)
 
 
 class DraftModel(Part):
@@ -86,30 +80,26 @@ class DraftModel(Part):
         if head is not None:
             runner.watcher = self._judge
         self.target: Runner | None = None  #: whose captured steps drafts go to
-        self._begun: dict[SeqId, Begun] = {}
-        self._taken: list[tuple[Making, Begun]] = []  # of these, what the step under way verifies
         self._own: dict[int, float] = {}  # by image row: the drafter's word on its newest token
         self._accepted: dict[int, float] = {}  # by image row: the head's word on the one before
-        self._followers: dict[SeqId, Follower] = {}
-        self._gone: list[SeqId] = []  # rows that the runner must forget
+        self.following = Following(kv, max_seqs, draws is not None)
+        self.ahead = Ahead(self.following)
         self.passes = 0
-        self._now = 0.0  # order of use, for the eviction of prefixes
 
     def propose(self, asks: Sequence[Ask], control: LengthControl) -> list[Draft]:
         """Catch up, then draft while somebody goes on; empty where the drafter is behind."""
-        self._now += 1.0
+        self.following.now += 1.0
+        self.ahead.taken.clear()
         wanted = {ask.seq.id for ask in asks}
-        self._taken.clear()
-        drafts, begun, self._begun = dict[SeqId, Making](), self._begun, {}
-        made = dict[SeqId, Making]()
+        drafts, made = dict[SeqId, Making](), dict[SeqId, Draft]()
         plan = self._plan()
         spare = self.budget
         for ask in asks:
-            before = begun.get(ask.seq.id)
-            if before and before.follows(self._followers.get(ask.seq.id), ask.seq):
-                made[ask.seq.id] = self._made(before, ask, control)
+            begun = self.ahead.take(ask, control)
+            if begun is not None:
+                made[ask.seq.id] = begun
                 continue
-            follower = self._follow(ask, plan, wanted)
+            follower = self.following.follow(ask, plan, wanted, self.runner.image)
             if follower is None or spare < 1:
                 continue
             seq = follower.seq
@@ -120,54 +110,34 @@ class DraftModel(Part):
             seq.computed += count
             if caught_up:
                 drafts[seq.id] = Making(follower, ask.most, Draft())
-        if not plan.spans:
-            pass
-        elif self.chains is not None and all(one.greedy for one in drafts.values()):
+        self.ahead.begun.clear()  # what was not taken now follows nothing any more
+        if plan.spans:
+            self._make(plan, drafts, control)
+        made |= {seq: one.draft for seq, one in drafts.items()}
+        return [made.get(ask.seq.id) or Draft() for ask in asks]
+
+    def _make(self, plan: StepPlan, drafts: dict[SeqId, Making], control: LengthControl) -> None:
+        """Read what is new, and draft for those who have caught up."""
+        if self.chains is not None and all(one.greedy for one in drafts.values()):
             self._chain(self.chains, plan, drafts, control)
         else:
             self._run(plan, drafts)
             self._go_on(drafts, control)
-        drafts |= made
-        return [drafts[ask.seq.id].draft if ask.seq.id in drafts else Draft() for ask in asks]
 
     def begin(self, step: InFlight) -> None:
         """Have the next drafts made behind a step of the target's that verifies the last ones."""
-        for one, before in self._taken:
-            follower, seq = one.follower, one.follower.seq
-            if self._followers.get(seq.id) is not follower:
-                continue
-            self._correct(follower)
-            seq.computed = len(seq.tokens) + before.count - 1
-            follower.drafted, follower.late = one.draft.tokens, one.draft.late
-        self._taken.clear()
+        self.ahead.book(self.runner.image)
         windows = any(group.window is not None for group in self.runner.groups)
         if self.target is None or self.chains is None or self.head is not None or windows:
             return
-        plan, self._gone = self._plan(), []
-        self._begun = begin(
-            step, self.target, self.runner, self.chains, self.kv, plan, self._followers, self._now
-        )
-
-    def _made(self, before: Begun, ask: Ask, control: LengthControl) -> Making:
-        """A draft that was begun. What stood before it is booked when this has been handed over:
-        the device waits."""
-        one = Making(before.follower, ask.most, Draft())
-        before.follower.asked, before.follower.goal = ask.most, ask.seq.goal
-        if control.looks:
-            draft, said = one.draft, before.late.saying.wait()[before.late.at]
-            for token, logprob, _ in said[: ask.most]:
-                if draft.tokens and not control.goes_on(draft.confidence):
-                    break
-                draft.tokens.append(token)
-                draft.confidence.append(math.exp(logprob))
-        else:
-            promise(one, before.late, min(before.count, ask.most))
-        self._taken.append((one, before))
-        return one
+        plan = StepPlan(self.passes + 1, stops=self.following.gone)
+        self.ahead.begin(step, self.target, self.runner, self.chains, plan)
+        if self.ahead.begun:
+            self.passes, self.following.gone = plan.step, []
 
     def behind(self, seq: Seq) -> int:
         """Tokens without KV; of a prompt all, though its beginning may lie in the prefix index."""
-        follower = self._followers.get(seq.id)
+        follower = self.following.followers.get(seq.id)
         known = 0 if follower is None else min(follower.seq.computed, follower.known)
         return len(seq.tokens) - known
 
@@ -176,8 +146,8 @@ class DraftModel(Part):
 
     def forget(self, seq: Seq) -> None:
         """Its whole pages stay for prefix hits."""
-        if seq.id in self._followers:
-            self._drop(seq.id)
+        if seq.id in self.following.followers:
+            self.following.drop(seq.id)
 
     def renew(self, decoder: Decoder, keep_kv: bool) -> None:
         """Draft with other weights from now on; not while it drafts.
@@ -186,104 +156,22 @@ class DraftModel(Part):
         that are followed keep theirs, made by the weights before; else they catch up from nothing.
         """
         if not keep_kv:
-            for seq_id in list(self._followers):
-                self._drop(seq_id)
-        self.kv.clear(self._now)
+            for seq_id in list(self.following.followers):
+                self.following.drop(seq_id)
+        self.kv.clear(self.following.now)
         self.runner.renew(decoder)
-
-    # followers
-
-    def _follow(self, ask: Ask, plan: StepPlan, wanted: set[SeqId]) -> Follower | None:
-        """The follower of a sequence with pages for its known tokens and its draft, if they fit."""
-        follower = self._followers.get(ask.seq.id)
-        if follower is None:
-            follower = self._begin(ask.seq, wanted)
-            fresh = True
-        else:
-            self._correct(follower)
-            fresh = False
-        if follower is None:
-            return None
-        follower.asked, follower.goal = ask.most, ask.seq.goal
-        seq, edits = follower.seq, list[TableEdit]()
-        end = len(seq.tokens) + ask.most
-        if end > seq.capacity:
-            found = self.kv.reserve(seq, end, self._now)
-            if found is None:
-                self._drop(seq.id, started=not fresh)
-                return None
-            edits = found
-        if fresh:
-            tables = [list(table) for table in seq.tables]
-            plan.starts.append(
-                SeqStart(seq.id, seq.request, seq.index, list(seq.tokens), seq.prompt_len, tables)
-            )
-        else:
-            plan.edits += edits
-        return follower
-
-    def _begin(self, target: Seq, wanted: set[SeqId]) -> Follower | None:
-        if len(self._followers) >= self.max_seqs:
-            idle = next((seq for seq in self._followers if seq not in wanted), None)
-            if idle is None:
-                return None
-            self._drop(idle)
-        request = replace(target.request, sampling=self._sampling(target.request.sampling))
-        seq = Seq(target.id, request, target.index, target.tokens, 1 << 60, target.order)
-        match = self.kv.lookup(seq)
-        self.kv.attach(seq, match, self._now)
-        follower = self._followers[target.id] = Follower(seq, len(seq.tokens))
-        return follower
-
-    def _sampling(self, wanted: SamplingParams) -> SamplingParams:
-        """How drafts for a request that is sampled like this are chosen."""
-        if self.draws is None or wanted.temperature == 0 or wanted.seed is not None:
-            return GREEDY
-        return replace(
-            GREEDY,
-            temperature=wanted.temperature,
-            top_k=wanted.top_k,
-            top_p=wanted.top_p,
-            min_p=wanted.min_p,
-        )
-
-    def _correct(self, follower: Follower) -> None:
-        """Put what the target committed in place of what was drafted."""
-        follower.settle()
-        seq, known = follower.seq, follower.known
-        image, new = self.runner.image, seq.tokens[known:]
-        agreed = 0
-        for mine, theirs in zip(follower.drafted or (), new):
-            if mine != theirs:
-                break
-            agreed += 1
-        # the last token is fed again where its KV is there (its draft was not verified): its
-        # logits are what the next draft begins with
-        seq.computed = min(seq.computed, known + agreed, len(seq.tokens) - 1)
-        if new:
-            image.commit(image.row(seq.id), known, new)
-        else:
-            image.truncate(image.row(seq.id), known)
-        follower.known, follower.drafted = len(seq.tokens), None
-        if seq.computed // self.kv.page_size > seq.published:
-            self.kv.publish(seq, self._now)
-
-    def _drop(self, seq_id: SeqId, started: bool = True) -> None:
-        """Give the pages of a follower back; its row too, once the runner hears of it."""
-        follower = self._followers.pop(seq_id)
-        self.kv.release(follower.seq, self._now)
-        if started:
-            self._gone.append(seq_id)
 
     # steps
 
     def _plan(self) -> StepPlan:
         self.passes += 1
-        return StepPlan(self.passes, stops=self._gone)  # rows that become free until it runs too
+        return StepPlan(
+            self.passes, stops=self.following.gone
+        )  # rows that become free until it runs too
 
     def _run(self, plan: StepPlan, drafts: dict[SeqId, Making]) -> None:
         """One forward pass; every span that caught up brings a token."""
-        self._gone = []
+        self.following.gone = []
         result = self.runner.run(plan)
         for i, span in enumerate(plan.spans):
             if not span.wants_logits:
@@ -311,13 +199,13 @@ class DraftModel(Part):
         of a draft has no KV, which the next one makes if it stands."""
         behind, last = parted(plan.spans, drafts)
         if behind or not last:
-            plan.spans, self._gone = behind, []
+            plan.spans, self.following.gone = behind, []
             self.runner.run(plan)
             plan = self._plan()
         longest = max((one.most for one in drafts.values()), default=0)
         unseen = self.target is not None and not control.looks and longest <= DRAFTED
         while last:
-            plan.spans, self._gone = last, []
+            plan.spans, self.following.gone = last, []
             batch = self.runner.lay_out(plan)
             making = [drafts[last[i].seq] for i in batch.spans.tolist()]
             if unseen and self.head is None:

@@ -99,7 +99,7 @@ class DraftTree(DraftModel):
 
     def _run(self, plan: StepPlan, drafts: dict[SeqId, Making]) -> None:
         """The pass that catches up: the likeliest first tokens."""
-        self._gone = []
+        self.following.gone = []
         self._trees = {}
         self.runner.run(plan)
         for span in plan.spans:

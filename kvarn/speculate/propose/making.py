@@ -17,7 +17,7 @@ from kvarn.core.seq import Seq
 from kvarn.runner.batch import Batch
 from kvarn.runner.chain import Chains, LateDraft, Said
 from kvarn.runner.image import Image
-from kvarn.speculate.part import LengthControl
+from kvarn.speculate.part import Ask, LengthControl
 
 #: tokens of a draft that are one replay; fewer where a head was trained to say where drafts end
 AT_ONCE, JUDGED_AT_ONCE = 8, 4
@@ -33,6 +33,10 @@ class Follower:
     late: Late | None = None  #: who will know that
     asked: int = 0  #: tokens that were wanted last
     goal: int = 0  #: tokens that the target's sequence may come to
+
+    def wants(self, ask: Ask) -> None:
+        """Remember what is asked for its sequence."""
+        self.asked, self.goal = ask.most, ask.seq.goal
 
     def settle(self) -> None:
         """Wait for what it proposed, if that is still being made."""
@@ -97,14 +101,13 @@ def launch(chains: Chains, batch: Batch, making: Sequence[Making]) -> None:
     saying = chains.launch(batch, np.array(most, np.int64), [])
     for at, (one, count) in enumerate(zip(making, most, strict=True)):
         one.follower.seq.computed += count - 1
-        promise(one, LateDraft(saying, at), count)
+        promise(one.draft, LateDraft(saying, at), count)
         one.follower.late = one.draft.late
 
 
-def promise(one: Making, late: LateDraft, count: int) -> None:
-    """Its draft are so many tokens that are still being made."""
-    one.draft.tokens, one.draft.confidence = [LATE] * count, [1.0] * count
-    one.draft.late = late
+def promise(draft: Draft, late: LateDraft, count: int) -> None:
+    """It is so many tokens that are still being made."""
+    draft.tokens, draft.confidence, draft.late = [LATE] * count, [1.0] * count, late
 
 
 def _take(one: Making, said: Said, control: LengthControl, judged: bool, image: Image) -> bool:

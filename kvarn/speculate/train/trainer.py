@@ -40,6 +40,7 @@ class Pace:
     interval: int = 8  #: sequences that end before the next, as in arXiv 2310.07177
     share: float = 0.25  #: of one core, on average, at most; where updates are made in a thread
     idle: bool = False  #: only while no request runs
+    seldom: int = 4  #: `idle` then learns from one in so many steps: what they keep takes time
 
 
 class OnlineTrainer(Part):
@@ -77,6 +78,7 @@ class OnlineTrainer(Part):
         self._made: Update | None = None  # waits until the version in force is known
         self._stale = False  # what is being made follows from weights that were taken back
         self._not_before = 0.0
+        self._steps = 0
 
     # what comes in
 
@@ -109,12 +111,19 @@ class OnlineTrainer(Part):
             self._judge()
             self._receive(now)
             self._begin(busy, now)
-            # a full buffer: what came now would push out what has not been learnt from; and what
-            # steps keep of the target's words takes time, which idle learning is not to cost them
-            enough = self.pace.interval if self.pace.idle else self.lessons.most
-            self.ask(TOP if len(self.lessons) < enough else 0)
+            self.ask(TOP if self._wants() else 0)
         except Exception as error:
             self._give_up(error)
+
+    def _wants(self) -> bool:
+        """Whether the coming step is to keep the target's words.
+
+        Not while the buffer is full: what came now would push out what has not been learnt from.
+        Keeping them takes time, which idle learning is not to cost steps."""
+        if not self.pace.idle:
+            return len(self.lessons) < self.lessons.most
+        self._steps += 1
+        return len(self.lessons) < self.pace.interval and self._steps % self.pace.seldom == 0
 
     def _judge(self) -> None:
         """Take the version in force back where it does worse than the one before."""
