@@ -72,7 +72,7 @@ def p_of(folder: str) -> float:
     engine = drafting(folder, folder)
     assert engine.speculation is not None
     proposer: Any = engine.speculation.proposer
-    proposer._sampling = lambda wanted: replace(GREEDY, temperature=0.9, top_k=5)
+    proposer.following.sampling = lambda wanted: replace(GREEDY, temperature=0.9, top_k=5)
     answers = generate(engine, [PARAMS] * N)
     stats = engine.stats()
     assert 0 < stats.accepted_tokens < stats.drafted_tokens

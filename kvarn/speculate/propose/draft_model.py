@@ -39,7 +39,7 @@ from kvarn.runner.inflight import InFlight
 from kvarn.runner.state import DRAFTED
 from kvarn.speculate.part import Ask, LengthControl, Verified
 from kvarn.speculate.propose.begun import Ahead
-from kvarn.speculate.propose.following import Following
+from kvarn.speculate.propose.following import Following, alike, likeliest
 from kvarn.speculate.propose.making import (
     Making,
     launch,
@@ -82,7 +82,7 @@ class DraftModel(Part):
         self.target: Runner | None = None  #: whose captured steps drafts go to
         self._own: dict[int, float] = {}  # by image row: the drafter's word on its newest token
         self._accepted: dict[int, float] = {}  # by image row: the head's word on the one before
-        self.following = Following(kv, max_seqs, draws is not None)
+        self.following = Following(kv, max_seqs, likeliest if draws is None else alike)
         self.ahead = Ahead(self.following)
         self.passes = 0
 

@@ -19,13 +19,33 @@ from kvarn.speculate.propose.making import Follower
 GREEDY = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True, logprobs=0)
 
 
+def likeliest(wanted: SamplingParams) -> SamplingParams:
+    """Drafts are the likeliest tokens, whatever the request wants."""
+    return GREEDY
+
+
+def alike(wanted: SamplingParams) -> SamplingParams:
+    """Drafts are drawn as the request's tokens are, but for one with a seed."""
+    if wanted.temperature == 0 or wanted.seed is not None:
+        return GREEDY
+    return replace(
+        GREEDY,
+        temperature=wanted.temperature,
+        top_k=wanted.top_k,
+        top_p=wanted.top_p,
+        min_p=wanted.min_p,
+    )
+
+
 @dataclass(slots=True)
 class Following:
     """Followers by sequence, at most `max_seqs`: as many as the runner's image has rows."""
 
     kv: KVManager
     max_seqs: int
-    draws: bool  #: whether drafts are drawn for requests that sample
+    sampling: Callable[
+        [SamplingParams], SamplingParams
+    ]  #: how drafts for such a request are chosen
     followers: dict[SeqId, Follower] = field(default_factory=dict)
     gone: list[SeqId] = field(default_factory=list)  #: rows that the runner must forget
     now: float = 0.0  #: order of use, for the eviction of prefixes
@@ -69,24 +89,12 @@ class Following:
             if idle is None:
                 return None
             self.drop(idle)
-        request = replace(target.request, sampling=self._sampling(target.request.sampling))
+        request = replace(target.request, sampling=self.sampling(target.request.sampling))
         seq = Seq(target.id, request, target.index, target.tokens, 1 << 60, target.order)
         match = self.kv.lookup(seq)
         self.kv.attach(seq, match, self.now)
         follower = self.followers[target.id] = Follower(seq, len(seq.tokens))
         return follower
-
-    def _sampling(self, wanted: SamplingParams) -> SamplingParams:
-        """How drafts for a request that is sampled like this are chosen."""
-        if not self.draws or wanted.temperature == 0 or wanted.seed is not None:
-            return GREEDY
-        return replace(
-            GREEDY,
-            temperature=wanted.temperature,
-            top_k=wanted.top_k,
-            top_p=wanted.top_p,
-            min_p=wanted.min_p,
-        )
 
     def correct(self, follower: Follower, image: Image) -> None:
         """Put what the target committed in place of what was drafted."""
