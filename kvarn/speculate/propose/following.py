@@ -5,6 +5,7 @@ far as it has seen them and what it drafted behind; where others were committed,
 begins at the first that differs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from kvarn.core.plan import SeqId, SeqStart, StepPlan, TableEdit
