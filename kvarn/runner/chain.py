@@ -3,7 +3,8 @@ replay.
 
 A pass of a small drafter takes a device less time than a step takes the host. So the passes of a
 draft are one graph: each takes the tokens that the one before it chose from the device. A head that
-judges drafted tokens does so in the same graph, as they are consumed. What is known beforehand
+judges drafted tokens does so in the same graph, behind the last pass: nobody waits for its word
+within a replay, and all passes at once cost it what one would. What is known beforehand
 (positions, slots, attention's work items) the host lays out for all passes at once. To capture a
 chain takes a tenth of a second, so there are few: numbers of sequences are padded to powers of two,
 and a chain that is longer than need be does at first. The KV of a draft's last token is not
@@ -152,7 +153,7 @@ class Chains:
         _put(host["token"], batch.tokens, 0)
         _put(host["row"], batch.row_of, -1)
         _put(host["last"], last, 0)
-        host["own"].view(np.float32)[: len(own)] = own
+        host["own"].view(np.float32)[: len(own)] = np.log(own)
         for by, (plans, groups) in enumerate(zip(chain.plans, rows)):
             angles = batch.angles[last] + np.minimum(by, most - 1) if by else batch.angles
             _put(host[f"position_{by}"], angles, 0)
@@ -167,7 +168,9 @@ class Chains:
 
         graphs, inputs = self.graphs, chain.inputs.device
         tokens = feed(inputs["token"], inputs["row"], graphs.state.last)
-        ids, sure, words = list[Tensor](), list[Tensor](), list[Tensor]()
+        # log-probabilities: of the tokens that the first pass consumes, then of each pass's own
+        ids, sure = list[Tensor](), [inputs["own"].view(torch.float32)]
+        states = list[Tensor]()
         for by, plans in enumerate(chain.plans):
             attend = PagedAttend(
                 graphs.layers.plans(plans), graphs.pool.cache, takes_projection=True
@@ -175,14 +178,17 @@ class Chains:
             hidden = graphs.decoder.forward(tokens, inputs[f"position_{by}"], attend)
             if len(hidden) > chain.size:
                 hidden = hidden[inputs["last"].long()]
-            if self.judge is not None:
-                own = sure[-1].exp() if sure else inputs["own"].view(torch.float32)
-                words.append(self.judge(hidden, own).float())
             best = graphs.decoder.logits(hidden).log_softmax(-1).max(-1)
             tokens = best.indices
             ids.append(tokens.float())  # exact below 2^24
             sure.append(best.values)
-        return torch.stack([torch.stack(part) for part in (ids, sure, words) if part])
+            states.append(hidden)
+        known = torch.stack(sure)
+        said = [torch.stack(ids), known[1:]]
+        if self.judge is not None:
+            words = self.judge(torch.cat(states), known[:-1].flatten().exp())
+            said.append(words.float().view_as(known[1:]))
+        return torch.stack(said)
 
 
 def _put(there: NDArray[np.int32], values: Ints, other: int) -> None:
