@@ -33,7 +33,7 @@ OFTEN = 8  #: rounds of a length that a longer chain serves before one of its ow
 #: tokens, their log-probabilities, and the judge's word on the token before each; 1: no judge
 Said = list[tuple[int, float, float]]
 #: probability that tokens [n] are accepted, of the final hidden states [n, hidden] where they were
-#: consumed and of the drafter's own probability of each
+#: consumed and of the drafter's own log-probability of each
 Judge = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -168,9 +168,9 @@ class Chains:
 
         graphs, inputs = self.graphs, chain.inputs.device
         tokens = feed(inputs["token"], inputs["row"], graphs.state.last)
-        # log-probabilities: of the tokens that the first pass consumes, then of each pass's own
+        # log-probabilities of what the first pass consumes, then of what each pass says
         ids, sure = list[Tensor](), [inputs["own"].view(torch.float32)]
-        states = list[Tensor]()
+        states = list[Tensor]()  # final ones of each pass
         for by, plans in enumerate(chain.plans):
             attend = PagedAttend(
                 graphs.layers.plans(plans), graphs.pool.cache, takes_projection=True
@@ -183,11 +183,11 @@ class Chains:
             ids.append(tokens.float())  # exact below 2^24
             sure.append(best.values)
             states.append(hidden)
-        known = torch.stack(sure)
-        said = [torch.stack(ids), known[1:]]
+        logprobs = torch.stack(sure)
+        said = [torch.stack(ids), logprobs[1:]]
         if self.judge is not None:
-            words = self.judge(torch.cat(states), known[:-1].flatten().exp())
-            said.append(words.float().view_as(known[1:]))
+            words = self.judge(torch.cat(states), logprobs[:-1].flatten())
+            said.append(words.view_as(said[0]))
         return torch.stack(said)
 
 
