@@ -190,7 +190,7 @@ def verify_gap(result: dict[str, Any]) -> Lines:
 
 
 def head_in_chain(result: dict[str, Any]) -> Lines:
-    """The acceptance head in a chain of passes."""
+    """The acceptance head in a chain of passes, and what it adds to one and the same replay."""
     rows = [
         [row["setting"], row["tokens_per_s"], row["ratio"],
          None if row["pass_s"] is None else 1e6 * row["pass_s"],
@@ -199,6 +199,13 @@ def head_in_chain(result: dict[str, Any]) -> Lines:
         for row in result["results"]
     ]  # fmt: skip
     names = ["setting", "tok/s", "over plain", "device, a pass [us]", "tokens a round", "drafted"]
+    heads = [
+        [row["head"], row["passes"], 1e6 * row["replay_s"], 1e6 * row["pass_s"],
+         1e6 * row["added_s"], row["added"]]
+        for row in result.get("heads", [])
+    ]  # fmt: skip
+    of_heads = ["head", "passes", "a replay [us]", "a pass [us]", "added, a replay [us]", "share"]
+    alone = ["", "One and the same replay on the device, with heads and without, in turns:", ""]
     return [
         f"`benchmarks/gpu/head_in_chain.py`: {result['config']['model']} with its drafter, one "
         "request after the other, greedy. Drafts that end by the acceptance head, its word part of "
@@ -206,4 +213,5 @@ def head_in_chain(result: dict[str, Any]) -> Lines:
         "head.",
         "",
         *table(names, rows),
+        *([*alone, *table(of_heads, heads)] if heads else []),
     ]

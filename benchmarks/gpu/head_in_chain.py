@@ -5,7 +5,8 @@
 SmolLM2 with the drafter and the head that come with kvarn, one request after the other, greedy, on
 questions that the drafter was not trained on. Stops by the head (`specdec-pp`) with a replay for
 every four passes and with a step of the runner for each, beside a fixed length without a head and
-plain decoding; and the device's time of a pass, with the head and without.
+plain decoding; and the device's time of a pass, with the head and without. Then one and the same
+replay again and again, as it is and with other heads or none, in turns: what a head adds to it.
 """
 
 import argparse
@@ -21,11 +22,15 @@ from kvarn.bench import record
 from kvarn.bench.drift import prompts
 from kvarn.core.request import SamplingParams
 from kvarn.engine.llm import LLM
+from kvarn.runner.chain import Judge
 from kvarn.speculate.propose.making import JUDGED_AT_ONCE
+from kvarn.speculate.train.head import AcceptanceHead
 from kvarn.speculate.train.load import shipped
 
 MODEL = Path.home() / ".cache" / "kvarn" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 REQUESTS, OUTPUT, REPEATS = 6, 128, 3  #: of a run; tokens; runs behind the one that captures
+TURNS = 300  #: replays of each head's chain
+PAPERS_DEPTH = 3  #: blocks of the head that was published
 COUNTS = ("output_tokens", "steps", "drafted_tokens", "accepted_tokens")
 
 
@@ -45,6 +50,48 @@ def pass_s(marked: Marked) -> float:
     """Median time of a pass of a replay on the device [s]."""
     torch.cuda.synchronize()
     return median(a.elapsed_time(b) for a, b in marked.marks) / 1e3 / JUDGED_AT_ONCE
+
+
+@torch.inference_mode()
+def heads_alone(chains: Any, capture: Any, head: AcceptanceHead) -> list[dict[str, Any]]:
+    """What heads add to a chain that was replayed lately, by the inputs that it had [s].
+
+    None, the shipped one, one of as many blocks as the paper's, and the shipped one in torch.
+    """
+    lengths = list(chains.found.values())[-1]
+    passes = max(lengths)
+    chain, graphs = lengths[passes], chains.graphs
+    device, kind = head.out.weight.device, graphs.decoder.dtype
+    deep = AcceptanceHead(graphs.decoder.spec.hidden, PAPERS_DEPTH).to(device)
+    forms: dict[str, Judge | None] = {
+        "none": None,
+        "as shipped": head.captured(kind),
+        f"{PAPERS_DEPTH} blocks": deep.captured(kind),
+        "as shipped, in torch": lambda x, own: head.accepted(x, own.exp()),
+    }
+    replays = list[Any]()
+    for judge in forms.values():
+        chains.judge = judge
+        replays.append(capture(lambda: chains._body(chain)))
+    taken: list[list[float]] = [[] for _ in forms]
+    for _ in range(TURNS):
+        for replay, times in zip(replays, taken, strict=True):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            replay()  # clocks and caches are what they are in a row of replays
+            begin.record()
+            replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) / 1e3)
+    seconds = [median(times) for times in taken]
+    rows = [
+        {"head": name, "passes": passes, "replay_s": one, "pass_s": one / passes,
+         "added_s": one - seconds[0], "added": one / seconds[0] - 1}
+        for name, one in zip(forms, seconds, strict=True)
+    ]  # fmt: skip
+    for row in rows:
+        print(row, flush=True)
+    return rows
 
 
 def main() -> None:
@@ -91,10 +138,13 @@ def main() -> None:
         row |= {"pass_s": pass_s(marks[name]) if name in marks else None}
         rows.append(row | {key: found[-1][key] for key in COUNTS} | {"runs": found})
         print({key: value for key, value in rows[-1].items() if key != "runs"}, flush=True)
+    proposer: Any = engines["specdec-pp, replays"].engine.speculation.proposer
+    capture = marks["specdec-pp, replays"].capture
+    heads = heads_alone(proposer.chains, capture, proposer.head)
     said = {"requests": REQUESTS, "output": OUTPUT, "repeats": REPEATS}
     shown = {"model": Path(given.model).stem, "draft_model": Path(headed["draft_model"]).name}
     header = record.header("head_in_chain", said, headed | shown)
-    record.write(header | {"results": rows}, given.json)
+    record.write(header | {"results": rows, "heads": heads}, given.json)
     for llm in engines.values():
         llm.close()
 

@@ -71,7 +71,8 @@ class Drafter:
             head = load_head(Path(config.draft_model), self.model.spec.hidden, device)
         chains = None
         if runner.graphs is not None:
-            chains = Chains(runner.graphs, runner.image, None if head is None else head.accepted)
+            judge = None if head is None else head.captured(self.model.decoder.dtype)
+            chains = Chains(runner.graphs, runner.image, judge)
         return DraftModel(runner, kv, config.budget, config.max_seqs, drawn, head, chains)
 
 

@@ -3,7 +3,8 @@ replay.
 
 A pass of a small drafter takes a device less time than a step takes the host. So the passes of a
 draft are one graph: each takes the tokens that the one before it chose from the device. A head that
-judges drafted tokens does so in the same graph, as they are consumed. What is known beforehand
+judges drafted tokens does so in the same graph, behind the last pass: nobody waits for its word
+within a replay, and all passes at once cost it what one would. What is known beforehand
 (positions, slots, attention's work items) the host lays out for all passes at once. To capture a
 chain takes a tenth of a second, so there are few: numbers of sequences are padded to powers of two,
 and a chain that is longer than need be does at first. The KV of a draft's last token is not
@@ -38,7 +39,7 @@ OFTEN = 8  #: rounds of a length that a longer chain serves before one of its ow
 #: tokens, their log-probabilities, and the judge's word on the token before each; 1: no judge
 Said = list[tuple[int, float, float]]
 #: probability that tokens [n] are accepted, of the final hidden states [n, hidden] where they were
-#: consumed and of the drafter's own probability of each
+#: consumed and of the drafter's own log-probability of each
 Judge = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -223,7 +224,7 @@ class Chains:
         _put(host["token"], batch.tokens, 0)
         _put(host["row"], batch.row_of, -1)
         _put(host["last"], last, 0)
-        host["own"].view(np.float32)[: len(own)] = own
+        host["own"].view(np.float32)[: len(own)] = np.log(own)
         _put(host["mover"], np.array(movers, np.int64), -1)
         for by, (plans, groups) in enumerate(zip(chain.plans, rows)):
             angles = batch.angles[last] + np.minimum(by, most - 1) if by else batch.angles
@@ -246,7 +247,9 @@ class Chains:
                 chain.inputs.buffer, part, inputs["mover"], state.moved, table, state.width, page
             )
         tokens = feed(inputs["token"], inputs["row"], graphs.state.last)
-        ids, sure, words = list[Tensor](), list[Tensor](), list[Tensor]()
+        # log-probabilities of what the first pass consumes, then of what each pass says
+        ids, sure = list[Tensor](), [inputs["own"].view(torch.float32)]
+        states = list[Tensor]()  # final ones of each pass
         for by, plans in enumerate(chain.plans):
             attend = PagedAttend(
                 graphs.layers.plans(plans), graphs.pool.cache, takes_projection=True
@@ -254,14 +257,17 @@ class Chains:
             hidden = graphs.decoder.forward(tokens, inputs[f"place_{by}"], attend)
             if len(hidden) > chain.size:
                 hidden = hidden[inputs["last"].long()]
-            if self.judge is not None:
-                own = sure[-1].exp() if sure else inputs["own"].view(torch.float32)
-                words.append(self.judge(hidden, own).float())
             best = graphs.decoder.logits(hidden).log_softmax(-1).max(-1)
             tokens = best.indices
             ids.append(tokens.float())  # exact below 2^24
             sure.append(best.values)
-        return torch.stack([torch.stack(part) for part in (ids, sure, words) if part])
+            states.append(hidden)
+        logprobs = torch.stack(sure)
+        said = [torch.stack(ids), logprobs[1:]]
+        if self.judge is not None:
+            words = self.judge(torch.cat(states), logprobs[:-1].flatten())
+            said.append(words.view_as(said[0]))
+        return torch.stack(said)
 
 
 def _parts(inputs: Inputs, sizes: dict[str, int], kind: int, passes: int, size: int) -> Tensor:

@@ -78,7 +78,8 @@ def chained(engine: Engine) -> Counting:
         old.decoder, old.groups, pool, backend, old.sampler, size, config.max_seqs, state, graphs
     )
     head = proposer.head
-    proposer.chains = Chains(graphs, proposer.runner.image, None if head is None else head.accepted)
+    judge = None if head is None else head.captured(torch.float32)
+    proposer.chains = Chains(graphs, proposer.runner.image, judge)
     return capture
 
 

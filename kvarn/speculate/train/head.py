@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, silu
 
 from kvarn.core.errors import ConfigError
+from kvarn.kernels.residual_head import ResidualHead
 from kvarn.speculate.train.corpus import Sample
 from kvarn.speculate.train.network import Network
 
@@ -70,6 +71,14 @@ class AcceptanceHead(nn.Module):
         weight = self.out.weight
         found: Tensor = self(hidden.to(weight.dtype), log_odds(own.to(weight)), kind).sigmoid()
         return found
+
+    def captured(self, dtype: torch.dtype) -> ResidualHead:
+        """What judges likeliest tokens in captured steps of a drafter of `dtype`, on a GPU."""
+        layers: Any = self.blocks
+        blocks = [(one.weight.detach().to(dtype), one.bias.detach()) for one in layers]
+        head = ResidualHead(blocks, self.out.weight[0].detach(), self.out.bias[:1].detach())
+        head.compile(dtype)
+        return head
 
 
 def log_odds(chance: Tensor) -> Tensor:
