@@ -35,6 +35,7 @@ from kvarn.schedule.control import Capacity, ControlPlane
 from kvarn.sparse.part import Selector
 from kvarn.sparse.rules import Rules, parse, split
 from kvarn.speculate.build import NEED_DRAFTER, NEED_TREES, build_speculation, suffix_trees
+from kvarn.speculate.propose.draft_model import DraftModel
 from kvarn.speculate.speculation import Speculation
 
 if TYPE_CHECKING:
@@ -131,7 +132,20 @@ class Assembly:
                 "those with prompts, trees, or more rows are not; of those whose logits are looked "
                 f"at (rules, logprobs, drawn drafts, training) only {MOST_LOGITS} rows are"
             )
-        return [{"what": "verify steps", "how": how, "why": why}]
+        steps = {"what": "verify steps", "how": how, "why": why}
+        proposer = self.speculation and self.speculation.proposer
+        if not isinstance(proposer, DraftModel):
+            return [steps]
+        drafts, why = "made when it is known what they follow", proposer.obstacle
+        if config.overlap != "on":
+            why = why or f"overlap={config.overlap}"
+        if not why:
+            drafts = "begun behind the step that verifies those before"
+            why = (
+                "those that are drawn, of more than eight tokens, or looked at (rules, logprobs, "
+                "length controls that stop within a round) are waited for"
+            )
+        return [steps, {"what": "drafts", "how": drafts, "why": why}]
 
     def _selection(self, replayed: bool) -> list[dict[str, str]]:
         """How steps on a GPU run whose rows choose pages."""

@@ -51,7 +51,7 @@ class LoggedControl(ControlPlane):
         super().finish(seq, reason, now, keep)
 
     def draft(self, drafts: Mapping[SeqId, Draft]) -> None:
-        """Record and take in drafts."""
+        """Record and take in drafts; of one that is still being made, its length (tokens of -1)."""
         said = {seq: [draft.tokens, draft.parents] for seq, draft in drafts.items()}
         self._record("draft", drafts=said)
         super().draft(drafts)

@@ -252,8 +252,7 @@ class Survival(Part):
         levels = range(1, int(length / self._shape.width) + 1)
         tokens = self._found * sum(self._all.share**i for i in levels)
         most = n - len(self._unread(round_)) + (self._account.owes < CREDIT)
-        for fewer in FEWER:
-            some = -(-n // fewer)
+        for some in [*(-(-n // fewer) for fewer in FEWER), 1]:
             if some * length > _most_drafts(costs, n) or some > most:
                 continue
             seconds = costs.verifying(n + some * length) + costs.draft(some, length)

@@ -104,11 +104,12 @@ class Ahead:
 
     def _reach(self, follower: Follower, drafts: int, plan: StepPlan) -> int:
         """Tokens to draft behind `drafts` that are being verified, with pages for all; or 0."""
-        seq, known = follower.seq, follower.known
-        count = min(follower.asked, DRAFTED)
+        seq, known, count = follower.seq, follower.known, follower.asked
         end = known + drafts + 1 + count
         drawn = seq.request.sampling.temperature > 0
-        if drawn or known < 2 or known != len(seq.tokens) or end > follower.goal:
+        if drawn or count > DRAFTED or end > follower.goal:
+            return 0
+        if known < 2 or known != len(seq.tokens):
             return 0
         edits = self.following.kv.reserve(seq, end, self.following.now)
         if edits is None:

@@ -127,13 +127,23 @@ class DraftModel(Part):
     def begin(self, step: InFlight) -> None:
         """Have the next drafts made behind a step of the target's that verifies the last ones."""
         self.ahead.book(self.runner.image)
-        windows = any(group.window is not None for group in self.runner.groups)
-        if self.target is None or self.chains is None or self.head is not None or windows:
+        if self.target is None or self.chains is None or self.obstacle:
             return
         plan = StepPlan(self.passes + 1, stops=self.following.gone)
         self.ahead.begin(step, self.target, self.runner, self.chains, plan)
         if self.ahead.begun:
             self.passes, self.following.gone = plan.step, []
+
+    @property
+    def obstacle(self) -> str:
+        """Why no draft is begun before it is known what stands of the one before; "": some are."""
+        if self.target is None or self.chains is None:
+            return "steps of the target, and chains of the drafter, must be captured"
+        if self.head is not None:
+            return "an acceptance head says within a round where drafts end"
+        if any(group.window is not None for group in self.runner.groups):
+            return "the drafter has sliding windows"
+        return ""
 
     def behind(self, seq: Seq) -> int:
         """Tokens without KV; of a prompt all, though its beginning may lie in the prefix index."""
