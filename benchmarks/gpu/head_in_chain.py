@@ -119,7 +119,7 @@ def main() -> None:
         if name.endswith("single passes"):
             engine.speculation.proposer.chains = None
         elif engine.speculation is not None:
-            marks[name] = Marked(engine.speculation.proposer.runner.graphs)
+            marks[name] = Marked(engine.speculation.proposer.runner.graphs, [])
     tokenizer: Any = engines["plain"].tokenizer
     chats = [[{"role": "user", "content": text}] for text in prompts("talk", REQUESTS)]
     asked = [tokenizer.encode(tokenizer.chat(chat), add_special=False) for chat in chats]
