@@ -203,6 +203,6 @@ class StepResult:
     tokens: list[list[int]]  #: per span: tokens accepted; empty where `wants_logits` was off
     extras: dict[int, SpanResult] = field(default_factory=dict)  #: by index of the span
     seconds: float = 0.0  #: execution time of the step on the device
-    #: by index of a span with drafts, for each of its new tokens: the model's most likely tokens
-    #: and their logprobs, best first; only where somebody learns from them
-    alternatives: dict[int, list[list[tuple[int, float]]]] = field(default_factory=dict)
+    #: by index of a span with drafts, an array [2, new tokens, k]: the model's most likely tokens
+    #: at the place of each and their logprobs, best first; only where somebody learns from them
+    alternatives: dict[int, Any] = field(default_factory=dict)

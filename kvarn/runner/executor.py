@@ -268,7 +268,7 @@ class Runner:
         selecting = self.selecting.step(batch)
         choice = None if selecting is None else selecting.choice()
         wanted = wanted and not watched and (selecting is None or choice is not None)
-        plain = self.sampler.plain(batch.rows) and not self._looked_at(batch)
+        plain = self.sampler.plain(batch.rows) and not _drawn(batch)
         if self.graphs is not None and wanted and self.graphs.take(batch, not plain):
             self._replay(self.graphs, batch, choice, plain, step)
             return
@@ -284,25 +284,21 @@ class Runner:
         rows = batch.row_of
         arrays = self.sampler.parameters(rows, batch.lengths) if plain else None
         entries = self.state.entries(self.image)
-        found = graphs.run(batch, entries, arrays, self.sampler.filtered(rows), choice)
+        top = self.alternatives if plain and batch.drafts else 0
+        found = graphs.run(batch, entries, arrays, self.sampler.filtered(rows), choice, top)
         chosen: Tensor | None = found
         self.replayed["decode" if batch.decodes else "verify"] += 1
         if self.watcher is not None:
             assert graphs.hidden is not None
             self.watcher(rows, graphs.hidden)
+        if graphs.top is not None:
+            step.keep(graphs.top)
         if plain:
             step.fetch(found)
         else:
             chosen = self._choose(batch, found, step)
         if chosen is not None:
             step.seen = Seen(chosen, graphs.inputs["token"], graphs.inputs["row"])
-
-    def _looked_at(self, batch: Batch) -> bool:
-        """Whether verification wants more of the logits than their choice."""
-        drafts = batch.drafts
-        return bool(drafts) and (
-            self.alternatives > 0 or any(one is not None and one.q is not None for one in drafts)
-        )
 
     def _conclude(self, batch: Batch, hidden: Tensor, step: InFlight) -> None:
         """What the step is for, from the final hidden states [T, hidden]."""
@@ -411,3 +407,8 @@ class Runner:
         plain = self.backend.plan(rows, lse=True)
         kind, device = self.pool.dtype, self.decoder.device
         return TreePlan(plain, forest, rows.scale, rows.softcap, kind, device)
+
+
+def _drawn(batch: Batch) -> bool:
+    """Whether verification wants more of the logits than their choice."""
+    return any(one is not None and one.q is not None for one in batch.drafts)

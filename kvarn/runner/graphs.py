@@ -29,6 +29,7 @@ from kvarn.kernels.upload import ALIGN
 from kvarn.models.decoder import Decoder
 from kvarn.runner.batch import Batch
 from kvarn.runner.heads import Kind, Layers
+from kvarn.runner.logprobs import most_likely
 from kvarn.runner.pool import KVPool
 from kvarn.runner.sampler import sample_on_gpu
 from kvarn.runner.selecting import Choice
@@ -115,6 +116,7 @@ class Graph:
     single: bool  #: every span has one row
     choice: Choice | None = None  #: the plans behind those of the groups are its own
     hidden: Tensor | None = None  #: [size, hidden] final ones, of the last replay
+    top: Tensor | None = None  #: [2, size, k], as `most_likely` says; None: nobody asked
 
 
 @dataclass(slots=True)
@@ -133,6 +135,7 @@ class Graphs:
     captures: int = 0  #: made so far, chains of drafts too
     hidden: Tensor | None = None  #: [R, hidden] of the last step; the next one overwrites it
     inputs: Mapping[str, Tensor] = field(default_factory=dict)  #: of the last step, likewise
+    top: Tensor | None = None  #: [2, R, k] of the last step, likewise
     layers: Layers = field(init=False)
 
     def __post_init__(self) -> None:
@@ -157,12 +160,14 @@ class Graphs:
         sampling: Mapping[str, NDArray[np.int32]] | None,
         filtered: bool,
         choice: Choice | None = None,
+        top: int = 0,
     ) -> Tensor:
         """The next tokens [T] int32 of a batch whose rows all choose one, or its logits [T, V].
 
         `entries` are new entries of the page tables; `sampling` the arrays of
         `Sampler.parameters`, None for logits; `filtered`: whether they have filters;
-        `choice`: the same rows where they choose what they see.
+        `choice`: the same rows where they choose what they see; `top`: the most likely tokens that
+        are to be kept of each row.
         """
         n, sizes = len(batch.tokens), self.sizes if batch.decodes else self.verified
         size = sizes[bisect_left(sizes, n)]
@@ -171,18 +176,19 @@ class Graphs:
             entries = [(at[:0], pages[:0]) for at, pages in entries]
         kind = "logits" if sampling is None else "filtered" if filtered else "tokens"
         keys = [self._attention_key(kind, batch) for kind in self.layers.kinds]
-        key = (size, kind, *keys, *self._choice_key(choice))
+        key = (size, kind, top, *keys, *self._choice_key(choice))
         graph = self.found.pop(key, None)
         if graph is None:
             if len(self.found) >= MOST_GRAPHS:
                 del self.found[next(iter(self.found))]
-            graph = self._capture(size, kind, batch, choice)
+            graph = self._capture(size, kind, batch, choice, top)
         self.found[key] = graph
         self._fill(graph, size, batch, choice, entries, sampling or {})
         graph.inputs.send()
         found = graph.replay()[:n]
         assert graph.hidden is not None
         self.hidden, self.inputs = graph.hidden[:n], graph.inputs.device
+        self.top = None if graph.top is None else graph.top[:, :n]
         return found
 
     def _attention_key(self, kind: Kind, batch: Batch) -> tuple[Any, ...]:
@@ -201,7 +207,9 @@ class Graphs:
     def _selects(self) -> SelectBackend:
         return cast(SelectBackend, self.backend)
 
-    def _capture(self, size: int, kind: str, batch: Batch, choice: Choice | None) -> Graph:
+    def _capture(
+        self, size: int, kind: str, batch: Batch, choice: Choice | None, top: int
+    ) -> Graph:
         spec = self.decoder.spec
         shape = (size, spec.n_heads, spec.n_kv_heads, spec.head_dim)
         plans: list[GraphPlan] = [
@@ -228,7 +236,7 @@ class Graphs:
         self._fill(graph, size, idle(batch), choice and choice.idle(), [], {})
         inputs.send()
         self.captures += 1
-        graph.replay = self.capture(lambda: self._body(graph, kind))
+        graph.replay = self.capture(lambda: self._body(graph, kind, top))
         return graph
 
     def _fill(
@@ -262,7 +270,7 @@ class Graphs:
         for index, (plan, part) in enumerate(zip(graph.plans, parts, strict=True)):
             plan.fill(part, {name: host[f"{name}_{index}"] for name in plan.sizes})
 
-    def _body(self, graph: Graph, kind: str) -> Tensor:
+    def _body(self, graph: Graph, kind: str, top: int) -> Tensor:
         """A whole step on the device."""
         from kvarn.kernels.triton.feed import feed, keep
 
@@ -279,6 +287,8 @@ class Graphs:
         attend = PagedAttend(plans, self.pool.cache, takes_projection=True)
         hidden = graph.hidden = self.decoder.forward(tokens, inputs["position"], attend)
         logits = self.decoder.logits(hidden)
+        if top:
+            graph.top = most_likely(logits, top)
         if kind == "logits":
             return logits
         chosen = sample_on_gpu(logits, inputs, kind == "filtered")

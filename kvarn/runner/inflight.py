@@ -121,7 +121,7 @@ class InFlight:
         """Commit what verification leaves of each span."""
         batch.settle()
         tokens = np.array(sampled.tokens, np.int64)
-        told = bool(sampled.errors or sampled.logprobs) or self.alternatives is not None
+        told = sampled.errors or sampled.logprobs
         if batch.forest is None and not told and tokens.min(initial=0) >= 0:
             self._judge_chains(batch, tokens)
         else:
@@ -146,6 +146,8 @@ class InFlight:
         tokens, spans = chosen.tolist(), batch.spans[of[first]].tolist()
         for span, begin, end in zip(spans, first.tolist(), (last + 1).tolist()):
             self.outcome.tokens[span] = tokens[begin:end]
+            if self.alternatives is not None and follows[begin]:
+                self.outcome.alternatives[span] = self.alternatives.numpy()[:, begin:end]
 
     def _judge_each(self, batch: Batch, sampled: Sampled) -> None:
         """One span after the other: trees, and whatever else is asked.
@@ -181,10 +183,8 @@ class InFlight:
             self.image.commit(row, length, run.tokens)
             self.outcome.tokens[span] = run.tokens
             if self.alternatives is not None and draft.tokens:
-                ids, sure = self.alternatives[:, [first + row for row in run.rows]].tolist()
-                self.outcome.alternatives[span] = [
-                    list(zip(map(int, tokens), logprobs)) for tokens, logprobs in zip(ids, sure)
-                ]
+                rows = [first + row for row in run.rows]
+                self.outcome.alternatives[span] = self.alternatives.numpy()[:, rows]
             if first in sampled.logprobs:
                 extra = self.outcome.extras.setdefault(span, SpanResult())
                 extra.logprobs = [sampled.logprobs[first + row] for row in run.rows]

@@ -5,7 +5,8 @@ come in the order of steps, from the thread that steps, which waits for the list
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 from kvarn.core.plan import Draft, SeqId, StepPlan, StepResult
 from kvarn.speculate.part import Verified
@@ -21,8 +22,9 @@ class Record:
     draft: Draft  #: what was judged of it: tokens, parents in a tree, confidence, q if it is known
     #: what was committed: the tokens that stand, and the target's own after them
     committed: list[int]
-    #: of each of these, the target's most likely tokens with their logprobs; where somebody asked
-    alternatives: list[list[tuple[int, float]]] = field(default_factory=list)
+    #: an array [2, committed, k]: the target's most likely tokens at the place of each and their
+    #: logprobs, best first; None: nobody asked
+    alternatives: Any = None
 
     @property
     def accepted(self) -> int:
@@ -67,7 +69,7 @@ def records(plan: StepPlan, result: StepResult, drafts: Mapping[SeqId, Draft]) -
             span.start + span.length - span.drafts,
             drafts[span.seq].first(span.drafts) if span.drafts else Draft(),
             tokens,
-            result.alternatives.get(i, []),
+            result.alternatives.get(i),
         )
         for i, (span, tokens) in enumerate(zip(plan.spans, result.tokens, strict=True))
         if span.wants_logits and tokens and (span.seq in drafts or not span.drafts)

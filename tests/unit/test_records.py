@@ -46,7 +46,7 @@ def test_a_step_is_read_once() -> None:
     spans = [
         Span(1, 9, 3, 2), Span(2, 7, 1), Span(3, 5, 2, 1), Span(4, 0, 8, wants_logits=False)
     ]  # fmt: skip
-    top = [[(5, -0.1)], [(7, -0.2)]]
+    top = [[[5], [7]], [[-0.1], [-0.2]]]
     result = StepResult(3, [[5, 7], [8], [], []], alternatives={0: top})
     first, second = records(StepPlan(3, spans=spans), result, {1: tree, 3: Draft([1])})
     assert first == Record(1, 3, 10, Draft([4, 5], [-1, -1], [0.6, 0.3]), [5, 7], top)
@@ -58,7 +58,7 @@ def test_what_a_trainer_learns_of_a_tree() -> None:
     """The target's word along the path, and behind it; a path that stood to its end is right."""
     tree = Draft([4, 5, 6], [-1, -1, 0], [0.6, 0.3, 0.9])
     for committed, refused in (([4, 6, 9], False), ([4, 8], True), ([5, 8], False), ([9], True)):
-        top = [[(token, -0.5), (0, -1.5)] for token in committed]
+        top = [[[token, 0] for token in committed], [[-0.5, -1.5] for _ in committed]]
         record = Record(1, 3, 10, tree, committed, top)
         labels = labels_of(record, record.judged > record.accepted)
         assert [label.place for label in labels] == list(range(10, 10 + len(committed)))

@@ -20,8 +20,8 @@ class Label:
 
     place: int  #: of the token that was judged [tokens from the start of the sequence]
     wrong: bool  #: the draft was refused here
-    top: list[int]  #: tokens, best first
-    logprobs: list[float]
+    top: Sequence[int]  #: tokens, best first
+    logprobs: Sequence[float]
 
 
 @dataclass(slots=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
@@ -130,8 +131,8 @@ def lesson_loss(
     at = [(row, label.place - 1) for row, one in enumerate(batch) for label in one.labels]
     rows, places = torch.tensor(at).T
     labels = [label for one in batch for label in one.labels]
-    top = torch.tensor([label.top for label in labels])
-    target = torch.tensor([label.logprobs for label in labels])
+    top = torch.from_numpy(np.array([label.top for label in labels], np.int64))
+    target = torch.from_numpy(np.array([label.logprobs for label in labels], np.float32))
     student = logprobs_of(network, states[rows, places], top, how.others, generator)
     if how.loss == "token":
         return -student[:, 0].mean()

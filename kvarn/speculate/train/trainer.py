@@ -89,7 +89,7 @@ class OnlineTrainer(Part):
         try:
             judged, accepted = record.judged, record.accepted
             self.versions.saw(judged, accepted)
-            if record.alternatives:
+            if record.alternatives is not None:
                 self.lessons.add(record.seq, labels_of(record, judged > accepted))
         except Exception as error:
             self._give_up(error)
@@ -209,11 +209,6 @@ def labels_of(record: Record, refused: bool) -> list[Label]:
     `refused`: the draft went on there, and was wrong.
     """
     return [
-        Label(
-            record.place + at,
-            refused and at == record.accepted,
-            [token for token, _ in top],
-            [logprob for _, logprob in top],
-        )
-        for at, top in enumerate(record.alternatives)
+        Label(record.place + at, refused and at == record.accepted, top, logprobs)
+        for at, (top, logprobs) in enumerate(zip(*record.alternatives, strict=True))
     ]
