@@ -130,7 +130,7 @@ class Assembly:
             how = f"replayed from captured graphs up to {graphs.verified[-1]} rows"
             why = (
                 "those with prompts, trees, or more rows are not; of those whose logits are looked "
-                f"at (rules, logprobs, drawn drafts, training) only {MOST_LOGITS} rows are"
+                f"at (rules, logprobs, drawn drafts) only {MOST_LOGITS} rows are"
             )
         steps = {"what": "verify steps", "how": how, "why": why}
         proposer = self.speculation and self.speculation.proposer
