@@ -11,6 +11,7 @@ from typing import Any
 
 import engine_sections as engine
 import gpu_sections as gpu
+import learning_data
 import part_results
 import proposer_sections as proposing
 import recorded_sections as recorded
@@ -95,6 +96,7 @@ def main() -> None:
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(results))
     part_results.write(results)
+    learning_data.write(results)
     print(f"{PAGE.relative_to(ROOT)}: {len(results)} results")
 
 

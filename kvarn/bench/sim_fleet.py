@@ -7,16 +7,20 @@ beside the weights.
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from kvarn.bench.options import Fleet
+from kvarn.bench.sim_drafts import draft_prices, speculating
 from kvarn.bench.sim_report import MOST_GAPS
 from kvarn.cluster.router import Router
 from kvarn.core.errors import ConfigError
 from kvarn.core.model import ModelSpec
 from kvarn.core.part import find
 from kvarn.cost.build import cost_model, kv_capacity
+from kvarn.cost.devices import find_device
+from kvarn.cost.precision import precision
 from kvarn.cost.rounded import Rounded
 from kvarn.cost.shape import CostModel
 from kvarn.kv.sizing import pages_by_group, pages_for_bytes
@@ -51,9 +55,19 @@ def instances_of(
 ) -> list[Instance]:
     """The fleet, idle."""
     ahead = overlaps(fleet_)
+    names = [f"{spec.name}-{i}" for i in range(fleet_.instances)]
+    if fleet_.speculate == "none":
+        return [
+            Instance(name, make_control(fleet_, spec, trace), cost, tally, overlap=ahead)
+            for name in names
+        ]
+    late = price_list(replace(fleet_, overlap="off"), spec) if ahead else cost
+    drafting = draft_prices(fleet_, cost, lambda name: draft_price_list(fleet_, find_spec(name)))
     return [
-        Instance(f"{spec.name}-{i}", make_control(fleet_, spec, trace), cost, tally, overlap=ahead)
-        for i in range(fleet_.instances)
+        speculating(
+            fleet_, name, make_control(fleet_, spec, trace), (cost, late), tally, drafting, ahead
+        )
+        for name in names
     ]
 
 
@@ -83,6 +97,14 @@ def price_list(fleet_: Fleet, spec: ModelSpec) -> CostModel:
         overlap=overlaps(fleet_),
     )
     return Rounded(exact, fleet_.round_context) if fleet_.round_context else exact
+
+
+def draft_price_list(fleet_: Fleet, drafter: ModelSpec) -> CostModel:
+    """The cost model of a drafting model: on one device of the instance, its weights as they are.
+
+    Its passes are replayed one behind the other, so that the host's part of them is hidden.
+    """
+    return price_list(replace(fleet_, tp=1, quantization="none", overlap="on"), drafter)
 
 
 def overlaps(fleet_: Fleet) -> bool:
@@ -120,6 +142,11 @@ def pages_by_formula(fleet_: Fleet, spec: ModelSpec, size: int) -> int:
     )  # fmt: skip
     wide = 1 if fleet_.kv_dtype == "fp8" else 4 if fleet_.dtype == "float32" else 2
     groups = split(spec.groups(), fleet_.sparsity)
+    if fleet_.draft_model:  # it has weights, and a page for each of the model's
+        drafter = find_spec(fleet_.draft_model)
+        numbers = precision(find_device(fleet_.device), fleet_.dtype, "none", "auto")
+        memory -= int(numbers.weight_bytes(drafter, None))
+        groups = [*groups, *drafter.groups()]
     pages = pages_for_bytes(groups, memory, size, wide, fleet_.budget, fleet_.max_seqs, UNLIMITED)
     if pages < 1:
         raise ConfigError(
