@@ -15,6 +15,8 @@ from kvarn.cost.shape import CostModel
 from kvarn.schedule.control import ControlPlane
 from kvarn.sim.acceptance import Acceptance, Luck, Stated
 from kvarn.sim.drafter import Clock, Drafter
+from kvarn.sim.heap import NS
+from kvarn.sim.instance import Instance
 from kvarn.sim.learner import Learner, Mode
 from kvarn.sim.learnt import Curve, Learnt, Turns, check_subjects, fitted
 from kvarn.sim.run import Tally
@@ -180,24 +182,22 @@ def _learner(fleet: Fleet, drafts: Learnt, clock: Clock) -> Learner:
     )  # fmt: skip
 
 
-def drafting_side(outcome_instances: Sequence[Any]) -> dict[str, Any]:
-    """What became of drafts, of all instances."""
-    some = [one for one in outcome_instances if isinstance(one, Speculating)]
-    return {} if not some else _told(some)
-
-
-def _told(instances: Sequence[Speculating]) -> dict[str, Any]:
-    counts = [one.control.counters for one in instances]
+def drafting_side(instances: Sequence[Instance]) -> dict[str, Any]:
+    """What became of drafts, of all instances; nothing where there are none."""
+    some = [one for one in instances if isinstance(one, Speculating)]
+    if not some:
+        return {}
+    counts = [one.control.counters for one in some]
     drafted = sum(one.drafted_tokens for one in counts)
     stood = sum(one.accepted_tokens for one in counts)
-    learners = [one.learner.stats() for one in instances if one.learner is not None]
+    learners = [one.learner.stats() for one in some if one.learner is not None]
     return {
         "drafted_tokens": drafted,
         "accepted_tokens": stood,
-        "draft_acceptance_rate": stood / drafted if drafted else None,
+        "acceptance": stood / drafted if drafted else None,
         "verify_steps": sum(one.verify_steps for one in counts),
         "updates": sum(one.published for one in learners),
-        "rolled_back": sum(one.rolled_back for one in learners),
+        "taken_back": sum(one.rolled_back for one in learners),
         "training_s": sum(one.seconds for one in learners),
-        "paused_s": sum(one.paused for one in instances) / 1e9,
+        "paused_s": sum(one.paused for one in some) / NS,
     }

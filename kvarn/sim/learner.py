@@ -4,8 +4,9 @@ is the fitted curve's (`kvarn.sim.learnt`), and what they take is stated.
 Requests that ended and had a draft judged are lessons. Every `interval` of them there is an update
 on those that wait, the last ones, as many as the engine's buffer holds. `inline` makes it between
 two steps, and no step begins meanwhile; `on` beside the steps, which take `slows` times as long;
-`idle` while no request runs. While requests queue nothing is learnt. A version is put in force when
-the one before has been judged, and goes back when it does far worse, by the engine's own `Versions`.
+`idle` while no request runs. While requests queue nothing is learnt. A version comes into force
+when the one before has been judged, and goes back when it does far worse, by the engine's own
+`Versions`.
 """
 
 from collections import deque

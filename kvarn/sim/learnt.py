@@ -14,6 +14,7 @@ it towards what it was made of, and `start` counts as far as others are known.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from kvarn.core.errors import ConfigError, nearest
@@ -44,9 +45,7 @@ class Curve:
     seconds: float  #: of an update there
     error: float  #: of the fit: root of the mean square, in shares, by quarter and place
 
-    def moved(
-        self, knows: Mapping[str, float], lessons: Sequence[str]
-    ) -> dict[str, float]:
+    def moved(self, knows: Mapping[str, float], lessons: Sequence[str]) -> dict[str, float]:
         """The knowledge after an update on requests of these subjects."""
         old = math.exp(-len(lessons) / self.lessons / self.tau)
         each = (1.0 - old) / len(lessons)
@@ -133,9 +132,7 @@ def _positions(rows: Sequence[Row], setting: str) -> list[int]:
 
 def _series(rows: Sequence[Row], phase: str, place: int) -> list[tuple[float, float]]:
     """(learnt minus frozen, judged tokens) by quarter."""
-    found = {
-        (row["setting"], row["quarter"]): row for row in rows if row["phase"] == phase
-    }
+    found = {(row["setting"], row["quarter"]): row for row in rows if row["phase"] == phase}
     quarters = sorted(quarter for setting, quarter in found if setting == LEARNS)
     pairs = [(found[LEARNS, quarter], found[FROZEN, quarter]) for quarter in quarters]
     return [
@@ -163,7 +160,7 @@ def _fit(points: Sequence[tuple[float, float]], tau: float, step: float) -> tupl
     mean of exp(-u / tau): weighted least squares of a line through 0.
     """
     edges = [math.exp(-i * step / tau) for i in range(len(points) + 1)]
-    xs = [(a - b) * tau / step for a, b in zip(edges, edges[1:])]
+    xs = [(a - b) * tau / step for a, b in pairwise(edges)]
     end = points[-1][0]
     both = sum(w * x * (y - end) for x, (y, w) in zip(xs, points))
     slope = both / sum(w * x * x for x, (_, w) in zip(xs, points))

@@ -1,5 +1,7 @@
-"""`Speculating`: an instance whose steps verify drafts. Who is drafted for, and how much, is decided
-by the engine's own `Speculation` with its length control, which learns costs from virtual times.
+"""`Speculating`: an instance whose steps verify drafts.
+
+Who is drafted for, and how much, is decided by the engine's own `Speculation` with its length
+control, which learns costs from virtual times.
 
 The loop is `Engine.step` with drafts: a step is planned when what its drafts follow is known. In
 the overlapped loop the control is asked when a step begins; where it wants no drafts the next step
