@@ -104,10 +104,7 @@ def run(model: str) -> dict[str, Any]:
     rows, rates = [], dict[str, float]()
     for number, (ttft, tpot) in enumerate(TARGETS):
         traffic = Traffic(goodput=(f"ttft:{ttft:g}", f"tpot:{tpot:g}"))
-        wanted = Search("rate", attain=ATTAIN, tolerance=0.03)
-        rate = capacity.search(fleet, WORK, traffic, wanted).report["rate"]
-        assert rate is not None, "no rate is sustained"
-        rates[f"{tpot:g}"] = rate
+        rates[f"{tpot:g}"] = rate = rate_of(fleet, traffic)
         print(f"TPOT {tpot:g} ms: plain decoding sustains {rate:.1f} requests/s", flush=True)
         for load in LOADS:
             chosen = some() if number else settings()
@@ -118,6 +115,14 @@ def run(model: str) -> dict[str, Any]:
         "rates": rates,
         "results": rows,
     }
+
+
+def rate_of(fleet: Fleet, traffic: Traffic) -> float:
+    """The highest rate at which plain decoding attains the targets [requests/s]."""
+    wanted = Search("rate", attain=ATTAIN, tolerance=0.03)
+    found = capacity.search(fleet, WORK, traffic, wanted).report["rate"]
+    assert isinstance(found, float), "no rate is sustained"
+    return found
 
 
 def _compared(

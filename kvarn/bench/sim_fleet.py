@@ -62,7 +62,7 @@ def instances_of(
             for name in names
         ]
     late = price_list(replace(fleet_, overlap="off"), spec) if ahead else cost
-    drafting = draft_prices(fleet_, cost, lambda name: draft_price_list(fleet_, find_spec(name)))
+    drafting = draft_prices(fleet_, cost, lambda name: draft_price_list(fleet_, spec, name))
     return [
         speculating(
             fleet_, name, make_control(fleet_, spec, trace), (cost, late), tally, drafting, ahead
@@ -99,11 +99,17 @@ def price_list(fleet_: Fleet, spec: ModelSpec) -> CostModel:
     return Rounded(exact, fleet_.round_context) if fleet_.round_context else exact
 
 
-def draft_price_list(fleet_: Fleet, drafter: ModelSpec) -> CostModel:
+def draft_price_list(fleet_: Fleet, spec: ModelSpec, name: str) -> CostModel:
     """The cost model of a drafting model: on one device of the instance, its weights as they are.
 
     Its passes are replayed one behind the other, so that the host's part of them is hidden.
     """
+    drafter = find_spec(name)
+    if drafter.vocab != spec.vocab:
+        raise ConfigError(
+            f"draft_model {name!r} has a vocabulary of {drafter.vocab} tokens and {spec.name} one "
+            f"of {spec.vocab}: a drafter must share the model's"
+        )
     return price_list(replace(fleet_, tp=1, quantization="none", overlap="on"), drafter)
 
 
