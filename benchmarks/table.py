@@ -12,6 +12,7 @@ from typing import Any
 import engine_sections as engine
 import gpu_sections as gpu
 import learning_data
+import online_sim_sections as online_sim
 import part_results
 import proposer_sections as proposing
 import recorded_sections as recorded
@@ -52,6 +53,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "head_in_chain": ("The acceptance head on a GPU", gpu.head_in_chain),
     "reproduce-stops": ("Where a draft ends", speculation.stops),
     "online_spec": ("A drafter that learns", speculation.online_spec),
+    "online_spec_sim": ("A drafter that learns, in simulation", online_sim.online_spec_sim),
     "train_beside": ("Learning beside serving", training.train_beside),
     "reproduce-kept": ("The KV that is kept, on text", sparsity.kept),
     "reproduce-streaming": ("A stream longer than the cache", sparsity.streaming),

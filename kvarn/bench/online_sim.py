@@ -60,7 +60,7 @@ def drafter_share() -> float:
     """Of the parameters that a step of SmolLM2 reads, those that a pass of its drafter reads."""
     folder = files("kvarn").joinpath("speculate", "drafters", DRAFTER)
     spec, target = find_spec(str(folder)), find_spec(TARGET)
-    written = read_json(Path(str(folder)) / "config.json")["trained"]["vocabulary"]
+    written = int(read_json(Path(str(folder)) / "config.json")["trained"]["vocabulary"])
     return (spec.n_params() - (spec.vocab - written) * spec.hidden) / target.n_params()
 
 
