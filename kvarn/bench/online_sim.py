@@ -28,6 +28,7 @@ from kvarn.models.json_file import read_json
 from kvarn.sim.heap import NS
 
 DRAFTER, TARGET = "smollm2-135m", "smollm2-135m"  #: where acceptance was measured
+DEVICE = "H200"
 SUBJECTS = "code,spanish"
 LENGTH = 2  #: of the drafts of all settings that learn, as where acceptance was measured [tokens]
 LENGTHS = (1, 2, 3, 4)  #: of drafters that do not
@@ -36,7 +37,7 @@ SOME = 32  #: the interval where only one is simulated
 PAUSES = (0.02, 0.1, 0.5)  #: that an update takes, with all steps waiting for it [s]
 THREAD = 0.5  #: that it takes in a thread [s]
 #: (TTFT, TPOT) [ms]: small batches, and large ones
-TARGETS = ((500.0, 7.0), (500.0, 15.0))
+TARGETS = ((500.0, 5.3), (500.0, 12.0))
 ATTAIN = 0.9  #: share of the requests that makes a rate sustained
 LOADS = (1.0, 1.3)  #: times the highest rate of plain decoding
 WORK = Workload(num_prompts=2000, input_len=256, output_len=96, range_ratio=0.5)
@@ -92,7 +93,7 @@ def some() -> list[Setting]:
 
 def run(model: str) -> dict[str, Any]:
     """All settings at the first targets, some at the others."""
-    fleet = Fleet(model=model, instances=2, router="least_loaded")
+    fleet = Fleet(model=model, device=DEVICE, instances=2, router="least_loaded")
     curve = measured_curve()
     workload = asdict(WORK) | {
         "subjects": SUBJECTS, "loads": LOADS, "attain": ATTAIN, "targets": TARGETS,

@@ -137,6 +137,7 @@ class Fleet:
         "share of drafted tokens that stand, given those before: 0.7, or 0.7,0.6 by place in the "
         "draft (the last for all further ones); measured: by subject, as SmolLM2's drafter",
     )
+    draft_seed: int = option(0, "of which drafted tokens stand")
     draft_model: str = option("", "speculate=draft: a named shape, or a folder or file, priced")
     draft_cost: float = option(
         0.0, "speculate=draft, without a draft_model: its pass as a share of the model's own"

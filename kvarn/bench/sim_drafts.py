@@ -156,7 +156,7 @@ def speculating(
     clock = Clock()
     learnt = _learnt(fleet) if fleet.acceptance == MEASURED else None
     acceptance: Acceptance = learnt or Stated(shares_of(fleet.acceptance))
-    drafter = Drafter(acceptance, drafting, clock, Luck())
+    drafter = Drafter(acceptance, drafting, clock, Luck(fleet.draft_seed))
     length: Any = find("draft-length", fleet.draft_length)
     speculation = Speculation(drafter, cast(LengthControl, length()), fleet.draft_tokens, clock)
     learner = None
