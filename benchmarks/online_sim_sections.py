@@ -1,5 +1,6 @@
-"""The section of docs/results.md on a drafter that learns, in simulation."""
+"""Sections of docs/results.md on drafts in simulation."""
 
+from statistics import median
 from typing import Any
 
 from cells import Lines, cell, percent, table
@@ -110,3 +111,36 @@ def _name(row: dict[str, Any]) -> str:
     if row["interval"] is None:
         return str(row["setting"])
     return f"learns {row['setting']}, every {row['interval']}, {row['seconds']:g} s"
+
+
+def sim_drafts(result: dict[str, Any]) -> Lines:
+    """Simulated gains of drafts beside measured ones."""
+    rows = result["results"]
+    batches = sorted({row["batch"] for row in rows})
+    found = {
+        (row["file"], row["tokens"], row["acceptance"], row["batch"]): row for row in rows
+    }  # fmt: skip
+    kinds = list(dict.fromkeys(key[:3] for key in found))
+    shown = [
+        [
+            "free" if file == kinds[0][0] else "a layer of the model", tokens, f"{share:g}",
+            *(_pair(found.get((file, tokens, share, batch))) for batch in batches),
+        ]
+        for file, tokens, share in kinds
+    ]  # fmt: skip
+    over = sorted(row["over"] for row in rows)
+    small = [row["over"] for row in rows if row["batch"] <= 64]
+    return [
+        f"`benchmarks/validate_drafts.py`: rate over plain decoding with drafts of fixed lengths, "
+        f"{result['config']['model']}, measured on an {result['config']['device']} with random "
+        "weights / simulated with the roofline, by requests that come together. Of this GPU's "
+        "times only the wait for the host between steps that verify is known. Simulated over "
+        f"measured: {cell(over[0])} to {cell(over[-1])}, in the median {cell(median(over))}, at up "
+        f"to 64 requests {cell(median(small))}.",
+        "",
+        *table(["drafter", "tokens", "stand", *map(str, batches)], shown),
+    ]
+
+
+def _pair(row: dict[str, Any] | None) -> str | None:
+    return None if row is None else f"{cell(row['measured'])} / {cell(row['simulated'])}"

@@ -53,6 +53,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "head_in_chain": ("The acceptance head on a GPU", gpu.head_in_chain),
     "reproduce-stops": ("Where a draft ends", speculation.stops),
     "online_spec": ("A drafter that learns", speculation.online_spec),
+    "sim_drafts": ("Drafts, simulated and measured", online_sim.sim_drafts),
     "online_spec_sim": ("A drafter that learns, in simulation", online_sim.online_spec_sim),
     "train_beside": ("Learning beside serving", training.train_beside),
     "reproduce-kept": ("The KV that is kept, on text", sparsity.kept),

@@ -3,8 +3,9 @@
     python benchmarks/validate_drafts.py [--json FILE]
 
 The measured ratios are in `benchmarks/results`: requests that come together, random weights, what
-stands of the drafts drawn with a probability. The same is simulated, priced by the roofline, and
-nothing is fitted. Every measured ratio of a fixed length is there.
+stands of the drafts drawn with a probability. The same is simulated, priced by the roofline; of
+this GPU's times it knows only how long the device waits for the host between two steps that verify.
+Every measured ratio of a fixed length is there.
 """
 
 import argparse

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.resources import files
+from statistics import fmean
 from typing import Any, cast
 
 from kvarn.bench.options import Fleet
@@ -11,6 +12,7 @@ from kvarn.core.config import CHOICES
 from kvarn.core.errors import ConfigError, nearest
 from kvarn.core.part import find
 from kvarn.cost.perturb import TERMS, Perturbed
+from kvarn.cost.roofline import Host
 from kvarn.cost.shape import CostModel
 from kvarn.schedule.control import ControlPlane
 from kvarn.sim.acceptance import Acceptance, Luck, Stated
@@ -46,6 +48,18 @@ def measured_curve() -> Curve:
 def slowdown() -> float:
     """Steps beside an update in a thread, over others of as many sequences, on an H200."""
     return cast(float, _data()["slowdown"])
+
+
+def waits_for_host() -> Host:
+    """Between two steps that verify, on an H200: the line through the measured gaps by sequences.
+
+    For what stands to reach the host, judging, planning, and the next step's inputs.
+    """
+    gaps = [(float(seqs), float(seconds)) for seqs, seconds in _data()["gaps"]]
+    n_mean, mean = fmean(n for n, _ in gaps), fmean(gap for _, gap in gaps)
+    both = sum((n - n_mean) * (gap - mean) for n, gap in gaps)
+    seq = both / sum((n - n_mean) ** 2 for n, _ in gaps)
+    return Host(step=mean - seq * n_mean, seq=seq)
 
 
 def check_drafts(fleet: Fleet) -> None:

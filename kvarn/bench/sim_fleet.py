@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from kvarn.bench.options import Fleet
-from kvarn.bench.sim_drafts import draft_prices, speculating
+from kvarn.bench.sim_drafts import draft_prices, speculating, waits_for_host
 from kvarn.bench.sim_report import MOST_GAPS
 from kvarn.cluster.router import Router
 from kvarn.core.errors import ConfigError
@@ -21,6 +21,7 @@ from kvarn.core.part import find
 from kvarn.cost.build import cost_model, kv_capacity
 from kvarn.cost.devices import find_device
 from kvarn.cost.precision import precision
+from kvarn.cost.roofline import Host
 from kvarn.cost.rounded import Rounded
 from kvarn.cost.shape import CostModel
 from kvarn.kv.sizing import pages_by_group, pages_for_bytes
@@ -61,7 +62,7 @@ def instances_of(
             Instance(name, make_control(fleet_, spec, trace), cost, tally, overlap=ahead)
             for name in names
         ]
-    late = price_list(replace(fleet_, overlap="off"), spec) if ahead else cost
+    late = price_list(replace(fleet_, overlap="off"), spec, waits_for_host()) if ahead else cost
     drafting = draft_prices(fleet_, cost, lambda name: draft_price_list(fleet_, spec, name))
     return [
         speculating(
@@ -83,8 +84,8 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def price_list(fleet_: Fleet, spec: ModelSpec) -> CostModel:
-    """The cost model of one instance."""
+def price_list(fleet_: Fleet, spec: ModelSpec, host: Host | None = None) -> CostModel:
+    """The cost model of one instance; `host`: of the roofline's steps, if not its own."""
     exact = cost_model(
         spec,
         device=fleet_.device,
@@ -95,6 +96,7 @@ def price_list(fleet_: Fleet, spec: ModelSpec) -> CostModel:
         source=fleet_.cost,
         table=fleet_.table,
         overlap=overlaps(fleet_),
+        host=host,
     )
     return Rounded(exact, fleet_.round_context) if fleet_.round_context else exact
 
