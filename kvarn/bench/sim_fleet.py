@@ -20,6 +20,7 @@ from kvarn.core.model import ModelSpec
 from kvarn.core.part import find
 from kvarn.cost.build import cost_model, kv_capacity
 from kvarn.cost.devices import find_device
+from kvarn.cost.perturb import Perturbed
 from kvarn.cost.precision import precision
 from kvarn.cost.roofline import Host
 from kvarn.cost.rounded import Rounded
@@ -62,8 +63,12 @@ def instances_of(
             Instance(name, make_control(fleet_, spec, trace), cost, tally, overlap=ahead)
             for name in names
         ]
-    late = price_list(replace(fleet_, overlap="off"), spec, waits_for_host()) if ahead else cost
-    drafting = draft_prices(fleet_, cost, lambda name: draft_price_list(fleet_, spec, name))
+    late = cost
+    if ahead:
+        late = as_wrong(cost, price_list(replace(fleet_, overlap="off"), spec, waits_for_host()))
+    drafting = draft_prices(
+        fleet_, cost, lambda name: as_wrong(cost, draft_price_list(fleet_, spec, name))
+    )
     return [
         speculating(
             fleet_, name, make_control(fleet_, spec, trace), (cost, late), tally, drafting, ahead
@@ -99,6 +104,11 @@ def price_list(fleet_: Fleet, spec: ModelSpec, host: Host | None = None) -> Cost
         host=host,
     )
     return Rounded(exact, fleet_.round_context) if fleet_.round_context else exact
+
+
+def as_wrong(cost: CostModel, other: CostModel) -> CostModel:
+    """The `other` prices, wrong by what those of `cost` are wrong by on purpose."""
+    return Perturbed(other, cost.factors) if isinstance(cost, Perturbed) else other
 
 
 def draft_price_list(fleet_: Fleet, spec: ModelSpec, name: str) -> CostModel:

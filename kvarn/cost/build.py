@@ -38,7 +38,7 @@ def cost_model(
     fitted to steps); the last two read `table`, a folder or file that `from_table` knows, in which
     `device` names a family. A file of measured steps says itself in what precision they ran, and
     whether the model fits was settled when it was measured. `moe`, `pp`, `overlap` and `host` (its
-    own if None) are of the roofline alone. Raises `ConfigError` for a configuration that cannot run.
+    own if None) are of the roofline alone. Raises `ConfigError` for what cannot run.
     """
     if source not in SOURCES:
         raise ConfigError(f"unknown source {source!r}{nearest(source, SOURCES)}")

@@ -238,7 +238,10 @@ def test_drafts_are_told_and_take_memory(tmp_path, trace, capsys):
     drafts = ["--speculate", "draft", "--draft-model", "llama-3.2-1b", "--acceptance", "0.8,0.6"]
     drafts += ["--draft-length", "fixed", "--draft-tokens", "3"]
     capsys.readouterr()
-    found = sim(tmp_path, *words, *drafts)
+    steps = tmp_path / "steps.json"
+    found = sim(tmp_path, *words, *drafts, "--perfetto", str(steps))
+    names = {event["name"] for event in json.loads(steps.read_text())["traceEvents"]}
+    assert {"prefill", "verify"} <= names
     assert "of them accepted" in capsys.readouterr().out
     assert found["total_output_tokens"] == plain["total_output_tokens"]
     assert 0.3 < found["acceptance"] < 0.7 and "drafted_tokens" not in plain

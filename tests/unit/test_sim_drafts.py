@@ -7,11 +7,17 @@ from typing import Any
 
 import pytest
 
+from kvarn.bench.options import Fleet as Options
+from kvarn.bench.options import Traffic, Workload
+from kvarn.bench.sim import simulate
+from kvarn.bench.sim_fleet import find_spec, price_list
+from kvarn.bench.sim_load import find_trace
 from kvarn.cluster.fleet import Fleet
 from kvarn.cluster.routing import Routing
 from kvarn.core.model import GroupSpec
 from kvarn.core.part import find
 from kvarn.core.request import Request, SamplingParams
+from kvarn.cost.perturb import TERMS, Perturbed
 from kvarn.cost.shape import CostModel, Estimate, StepShape
 from kvarn.kv.manager import KVManager
 from kvarn.schedule.control import Capacity, ControlPlane
@@ -224,3 +230,18 @@ def test_luck_is_even_and_of_the_position_alone() -> None:
     )
     again = control().add(replace(asked, arrival=3.0))[0]
     assert Luck(5).at(again, 17) == drawn[17] != Luck(6).at(again, 17)
+
+
+def test_prices_that_are_wrong_on_purpose_are_so_for_drafts_too() -> None:
+    """Every term twice as long: the same decisions, in twice the time."""
+    fleet = Options(
+        speculate="draft", draft_model="llama-3.2-1b", acceptance="0.7", draft_length="fixed"
+    )
+    spec = find_spec(fleet.model)
+    trace = find_trace(Workload(num_prompts=4, input_len=30, output_len=20), Traffic())
+    cost = price_list(fleet, spec)
+    right, wrong = (
+        simulate(fleet, spec, trace, cost=one)
+        for one in (cost, Perturbed(cost, dict.fromkeys(TERMS, 2.0)))
+    )
+    assert wrong.seconds == pytest.approx(2 * right.seconds, rel=1e-6)
