@@ -48,6 +48,7 @@ class Speculating(Instance):
         if self._ready > now:
             return self._wait(now)
         if not self.control.has_work:
+            self._drafted = False  # whoever comes next finds nothing to wait for
             self._teach(now)
             return None
         plan, self._ahead = self._ahead, None
