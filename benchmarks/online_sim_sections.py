@@ -3,7 +3,7 @@
 from statistics import median
 from typing import Any
 
-from cells import Lines, cell, percent, table
+from cells import Lines, cell, table
 
 from kvarn.bench import online_sim as online
 from kvarn.sim.learner import MOST
@@ -28,7 +28,7 @@ def online_spec_sim(result: dict[str, Any]) -> Lines:
         "",
         f"The curve, fitted to [the measured quarters](#a-drafter-that-learns) (an update of "
         f"{cell(curve['lessons'])} requests; a subject is known to 1 - 1/e after "
-        f"{cell(curve['tau'])} updates; {percent(curve['error'])} off, root mean square): share "
+        f"{cell(curve['tau'])} updates; {cell(curve['error'])} off, root mean square): share "
         "of first and second drafted tokens that stand.",
         "",
         *table(["subject", *_places("frozen"), *_places("after others"), *_places("learnt")],
