@@ -88,7 +88,8 @@ def _learns(mode: str, interval: int, seconds: float, options: dict[str, Any]) -
 
 def some() -> list[Setting]:
     """Those that tell whether drafts pay at all."""
-    return [one for one in settings() if one.interval in (None, SOME)]
+    cheap = (None, SOME, PAUSES[0])
+    return [one for one in settings() if one.interval in cheap and one.seconds in cheap]
 
 
 def run(model: str) -> dict[str, Any]:
