@@ -11,6 +11,8 @@ from typing import Any
 
 import engine_sections as engine
 import gpu_sections as gpu
+import learning_data
+import online_sim_sections as online_sim
 import part_results
 import proposer_sections as proposing
 import recorded_sections as recorded
@@ -51,6 +53,8 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Lines]]] = {
     "head_in_chain": ("The acceptance head on a GPU", gpu.head_in_chain),
     "reproduce-stops": ("Where a draft ends", speculation.stops),
     "online_spec": ("A drafter that learns", speculation.online_spec),
+    "sim_drafts": ("Drafts, simulated and measured", online_sim.sim_drafts),
+    "online_spec_sim": ("A drafter that learns, in simulation", online_sim.online_spec_sim),
     "train_beside": ("Learning beside serving", training.train_beside),
     "reproduce-kept": ("The KV that is kept, on text", sparsity.kept),
     "reproduce-streaming": ("A stream longer than the cache", sparsity.streaming),
@@ -95,6 +99,7 @@ def main() -> None:
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(results))
     part_results.write(results)
+    learning_data.write(results)
     print(f"{PAGE.relative_to(ROOT)}: {len(results)} results")
 
 

@@ -32,9 +32,11 @@ def _sim(
 ) -> int:
     """Simulate a cluster of engines: the same scheduler, cache and router, priced steps."""
     from kvarn.bench import capacity, perfetto, plots, prices, record, sim
-    from kvarn.bench.bounds import distances
+    from kvarn.bench.bounds import check, distances
 
     fleet_, work_, traffic_ = Fleet(**fleet), Workload(**work), Traffic(**traffic)
+    if bounds:
+        check(fleet_)
     wanted, money = Search(**search), prices.parse(Paid(**paid).price, fleet_)
     if traffic_.plots is not None:
         plots.ready(traffic_.plots)
@@ -76,6 +78,8 @@ def sim_lines(result: dict[str, Any]) -> list[str]:
         f"{result['pages']} KV pages of {result['page_size']} positions ({result['pages_source']})",
         f"{result['steps']} steps simulated in {result['wall_seconds']:.1f} s",
     ]
+    if result.get("drafted_tokens"):
+        lines.append(drafts_line(result))
     if skipped := result["workload"].get("skipped"):
         lines.append(f"{skipped} malformed rows of the trace were left out")
     if "cost_per_hour" in result:
@@ -86,6 +90,21 @@ def sim_lines(result: dict[str, Any]) -> list[str]:
         value, bound, ratio = row["value"], row["bound"], row["ratio"]
         lines.append(f"{name:22}{value:12.4g}, bound {bound:.4g} ({ratio:.3f} of it)")
     return lines
+
+
+def drafts_line(result: dict[str, Any]) -> str:
+    """What became of drafts, and of updates of the drafter."""
+    said = (
+        f"{result['drafted_tokens']} tokens drafted, {result['acceptance']:.1%} of them accepted, "
+        f"in {result['verify_steps']} steps"
+    )
+    if result["training_s"]:
+        said += (
+            f"; {result['updates']} updates in force, {result['taken_back']} taken back, "
+            f"{result['training_s']:.1f} s of learning, for which all waited "
+            f"{result['paused_s']:.1f} s"
+        )
+    return said
 
 
 def capacity_lines(report: dict[str, Any]) -> list[str]:

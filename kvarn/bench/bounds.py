@@ -21,6 +21,14 @@ VALUES = {
 }
 
 
+def check(fleet: Fleet) -> None:
+    """Raise `ConfigError` for a fleet that bounds say nothing of."""
+    if fleet.speculate != "none":
+        raise ConfigError(
+            f"bounds hold for one token a step, not for speculate={fleet.speculate}: leave one out"
+        )
+
+
 def distances(
     fleet: Fleet, result: dict[str, Any], outcome: Outcome, trace: Trace
 ) -> dict[str, dict[str, float]]:

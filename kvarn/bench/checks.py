@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from kvarn.bench.options import Fleet, Traffic
+from kvarn.bench.sim_drafts import check_drafts
 from kvarn.core.errors import ConfigError
 
 #: least value of the whole numbers of a fleet
@@ -18,6 +19,7 @@ def check_fleet(fleet: Fleet) -> None:
         value = getattr(fleet, name)
         if value < least:
             raise ConfigError(f"{name} must be at least {least}, got {value}")
+    check_drafts(fleet)
 
 
 def check_traffic(traffic: Traffic) -> None:

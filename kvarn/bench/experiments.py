@@ -26,6 +26,7 @@ MODULES = {
     "gemfilter": ("kvarn.bench.filter_study", "smollm2-135m"),
     "hermes": ("kvarn.bench.pipeline_study", "llama-3.1-8b"),
     "online-spec": ("kvarn.bench.online_spec", "smollm2-135m"),
+    "online-spec-sim": ("kvarn.bench.online_sim", "llama-3.1-8b"),
     "quest": ("kvarn.bench.selection_study", "smollm2-135m"),
     "recall": ("kvarn.bench.recall_study", "recall"),
     "sage-kv": ("kvarn.bench.kept_study", "smollm2-135m"),

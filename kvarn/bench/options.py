@@ -127,6 +127,33 @@ class Fleet:
     overlap: str = option(
         "auto", "plan the next step while one runs: on, off; auto: as the engine, on but for CPUs"
     )
+    speculate: str = option(
+        "none", "who drafts: none; draft: a drafting model; synthetic: somebody, at no cost"
+    )
+    draft_length: str = option("survival", "how many are drafted for whom: a part of `kvarn parts`")
+    draft_tokens: int = option(8, "longest draft", "tokens")
+    acceptance: str = option(
+        "",
+        "share of drafted tokens that stand, given those before: 0.7, or 0.7,0.6 by place in the "
+        "draft (the last for all further ones); measured: by subject, as SmolLM2's drafter",
+    )
+    draft_seed: int = option(0, "of which drafted tokens stand")
+    draft_model: str = option("", "speculate=draft: a named shape, or a folder or file, priced")
+    draft_cost: float = option(
+        0.0, "speculate=draft, without a draft_model: its pass as a share of the model's own"
+    )
+    subjects: str = option(
+        "", "acceptance=measured: what the traffic is about, in turn; default: talk,code,spanish"
+    )
+    subject_seconds: float = option(600.0, "that the traffic stays with one of them", "s")
+    train_drafter: str = option(
+        "off", "acceptance=measured: the drafter of each instance learns: off, on, idle, inline"
+    )
+    train_interval: int = option(8, "train_drafter: requests that end before the next update")
+    train_seconds: float = option(0.0, "train_drafter: of an update; 0: as on two cores", "s")
+    train_slowdown: float = option(
+        0.0, "train_drafter=on: of steps beside an update; 0: as measured on an H200"
+    )
 
 
 @dataclass(slots=True)

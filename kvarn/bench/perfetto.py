@@ -37,7 +37,7 @@ def events(outcome: Outcome) -> list[dict[str, Any]]:
                 "ts": at,
                 "dur": (row.end - row.start) / 1000,
                 "args": {
-                    "prompt rows": row.shape.n_tokens - row.shape.n_decode,
+                    "rows of prompts and drafts": row.shape.n_tokens - row.shape.n_decode,
                     "decodes": row.shape.n_decode,
                     "attended by decodes": row.shape.decode_sum,
                 },
@@ -53,6 +53,8 @@ def events(outcome: Outcome) -> list[dict[str, Any]]:
 
 
 def _kind(row: StepRow) -> str:
+    if row.shape.n_logits > row.shape.n_seqs:
+        return "verify"
     if not row.shape.chunks:
         return "decode"
     return "mixed" if row.shape.n_decode else "prefill"

@@ -7,16 +7,22 @@ beside the weights.
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from kvarn.bench.options import Fleet
+from kvarn.bench.sim_drafts import draft_prices, speculating, waits_for_host
 from kvarn.bench.sim_report import MOST_GAPS
 from kvarn.cluster.router import Router
 from kvarn.core.errors import ConfigError
 from kvarn.core.model import ModelSpec
 from kvarn.core.part import find
 from kvarn.cost.build import cost_model, kv_capacity
+from kvarn.cost.devices import find_device
+from kvarn.cost.perturb import Perturbed
+from kvarn.cost.precision import precision
+from kvarn.cost.roofline import Host
 from kvarn.cost.rounded import Rounded
 from kvarn.cost.shape import CostModel
 from kvarn.kv.sizing import pages_by_group, pages_for_bytes
@@ -51,9 +57,23 @@ def instances_of(
 ) -> list[Instance]:
     """The fleet, idle."""
     ahead = overlaps(fleet_)
+    names = [f"{spec.name}-{i}" for i in range(fleet_.instances)]
+    if fleet_.speculate == "none":
+        return [
+            Instance(name, make_control(fleet_, spec, trace), cost, tally, overlap=ahead)
+            for name in names
+        ]
+    late = cost
+    if ahead:
+        late = as_wrong(cost, price_list(replace(fleet_, overlap="off"), spec, waits_for_host()))
+    drafting = draft_prices(
+        fleet_, cost, lambda name: as_wrong(cost, draft_price_list(fleet_, spec, name))
+    )
     return [
-        Instance(f"{spec.name}-{i}", make_control(fleet_, spec, trace), cost, tally, overlap=ahead)
-        for i in range(fleet_.instances)
+        speculating(
+            fleet_, name, make_control(fleet_, spec, trace), (cost, late), tally, drafting, ahead
+        )
+        for name in names
     ]
 
 
@@ -69,8 +89,8 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def price_list(fleet_: Fleet, spec: ModelSpec) -> CostModel:
-    """The cost model of one instance."""
+def price_list(fleet_: Fleet, spec: ModelSpec, host: Host | None = None) -> CostModel:
+    """The cost model of one instance; `host`: of the roofline's steps, if not its own."""
     exact = cost_model(
         spec,
         device=fleet_.device,
@@ -81,8 +101,28 @@ def price_list(fleet_: Fleet, spec: ModelSpec) -> CostModel:
         source=fleet_.cost,
         table=fleet_.table,
         overlap=overlaps(fleet_),
+        host=host,
     )
     return Rounded(exact, fleet_.round_context) if fleet_.round_context else exact
+
+
+def as_wrong(cost: CostModel, other: CostModel) -> CostModel:
+    """The `other` prices, wrong by what those of `cost` are wrong by on purpose."""
+    return Perturbed(other, cost.factors) if isinstance(cost, Perturbed) else other
+
+
+def draft_price_list(fleet_: Fleet, spec: ModelSpec, name: str) -> CostModel:
+    """The cost model of a drafting model: on one device of the instance, its weights as they are.
+
+    Its passes are replayed one behind the other, so that the host's part of them is hidden.
+    """
+    drafter = find_spec(name)
+    if drafter.vocab != spec.vocab:
+        raise ConfigError(
+            f"draft_model {name!r} has a vocabulary of {drafter.vocab} tokens and {spec.name} one "
+            f"of {spec.vocab}: a drafter must share the model's"
+        )
+    return price_list(replace(fleet_, tp=1, quantization="none", overlap="on"), drafter)
 
 
 def overlaps(fleet_: Fleet) -> bool:
@@ -120,6 +160,11 @@ def pages_by_formula(fleet_: Fleet, spec: ModelSpec, size: int) -> int:
     )  # fmt: skip
     wide = 1 if fleet_.kv_dtype == "fp8" else 4 if fleet_.dtype == "float32" else 2
     groups = split(spec.groups(), fleet_.sparsity)
+    if fleet_.draft_model:  # it has weights, and a page for each of the model's
+        drafter = find_spec(fleet_.draft_model)
+        numbers = precision(find_device(fleet_.device), fleet_.dtype, "none", "auto")
+        memory -= int(numbers.weight_bytes(drafter, None))
+        groups = [*groups, *drafter.groups()]
     pages = pages_for_bytes(groups, memory, size, wide, fleet_.budget, fleet_.max_seqs, UNLIMITED)
     if pages < 1:
         raise ConfigError(

@@ -22,8 +22,11 @@ from kvarn.core.errors import ConfigError
 from kvarn.core.model import ModelSpec
 from kvarn.core.request import Request
 from kvarn.schedule.control import Counters
+from kvarn.sim.instance import Instance
+from kvarn.sim.learner import Learner
 from kvarn.sim.run import Outcome, Record, Tally
 from kvarn.sim.simulation import Simulation
+from kvarn.sim.speculating import Speculating
 from kvarn.workload.trace import Trace
 
 
@@ -36,6 +39,8 @@ class Totals:
     unmeasured: float
     steps: int
     counters: Counters
+    paused: int = 0  #: for updates of a drafter [ns]
+    learner: Learner | None = None
 
 
 @dataclass(slots=True)
@@ -115,12 +120,15 @@ def _share(fleet_: Fleet, spec: ModelSpec, trace: Trace, job: int, jobs: int) ->
     requests = requests_of(trace, (trace.requests[i] for i in mine))
     with made.uncollected():
         outcome = Simulation(requests, instances, policy, tally).run()
-    totals = {
-        i: Totals(one.busy, one.joules, one.unmeasured, one.control.steps, one.control.counters)
-        for i, one in enumerate(instances)
-        if i % jobs == job
-    }
+    totals = {i: _totals(one) for i, one in enumerate(instances) if i % jobs == job}
     return Share(totals, outcome.records, outcome.gaps, outcome.end)
+
+
+def _totals(one: Instance) -> Totals:
+    found = Totals(one.busy, one.joules, one.unmeasured, one.control.steps, one.control.counters)
+    if isinstance(one, Speculating):
+        found.paused, found.learner = one.paused, one.learner
+    return found
 
 
 def _joined(fleet_: Fleet, spec: ModelSpec, trace: Trace, shares: list[Share]) -> Outcome:
@@ -134,6 +142,8 @@ def _joined(fleet_: Fleet, spec: ModelSpec, trace: Trace, shares: list[Share]) -
             one = instances[i]
             one.busy, one.joules, one.unmeasured = totals.busy, totals.joules, totals.unmeasured
             one.control.steps, one.control.counters = totals.steps, totals.counters
+            if isinstance(one, Speculating):
+                one.paused, one.learner = totals.paused, totals.learner
     records = [iter(share.records) for share in shares]
     order = [next(records[i % size % jobs]) for i in range(len(trace))]
     return Outcome(order, gaps, None, instances, max(share.end for share in shares))

@@ -9,6 +9,7 @@ from typing import Any
 from kvarn.bench import metrics, record
 from kvarn.bench.client import Sample
 from kvarn.bench.options import Fleet, Traffic, Workload
+from kvarn.bench.sim_drafts import drafting_side
 from kvarn.bench.stats import label
 from kvarn.sim.heap import NS
 from kvarn.sim.run import Outcome, Record
@@ -79,6 +80,7 @@ def engine_side(
         "cost_model": outcome.instances[0].cost.name,
         "measured_share": max(0.0, 1.0 - unmeasured / seconds) if seconds else 0.0,
         "requests_by_instance": [sent[i] for i in range(fleet_.instances)],
+        **drafting_side(outcome.instances),
     }
 
 

@@ -7,7 +7,7 @@ from kvarn.core.model import ModelSpec
 from kvarn.cost.devices import DEVICES, GIB, Device, find_device
 from kvarn.cost.moe import MoEShape
 from kvarn.cost.precision import Precision, precision
-from kvarn.cost.roofline import Roofline
+from kvarn.cost.roofline import Host, Roofline
 from kvarn.cost.shape import CostModel
 from kvarn.cost.tables import from_table
 
@@ -30,14 +30,15 @@ def cost_model(
     table: str | None = None,
     overlap: bool = True,
     moe: MoEShape | None = None,
+    host: Host | None = None,
 ) -> CostModel:
     """Prices of `spec` on `tp` x `pp` devices; `dtype` and the rest as in the engine's options.
 
     `source`: "roofline" (analytic), "table" (measured kernels or steps) or "fitted" (a model
     fitted to steps); the last two read `table`, a folder or file that `from_table` knows, in which
     `device` names a family. A file of measured steps says itself in what precision they ran, and
-    whether the model fits was settled when it was measured. `moe`, `pp` and `overlap` are of the
-    roofline alone. Raises `ConfigError` for a configuration that cannot run.
+    whether the model fits was settled when it was measured. `moe`, `pp`, `overlap` and `host` (its
+    own if None) are of the roofline alone. Raises `ConfigError` for what cannot run.
     """
     if source not in SOURCES:
         raise ConfigError(f"unknown source {source!r}{nearest(source, SOURCES)}")
@@ -54,7 +55,7 @@ def cost_model(
     hardware = find_device(device)
     numbers = precision(hardware, dtype, quantization, kv_dtype)
     _kv_room(spec, hardware, tp, pp, numbers, moe)
-    return Roofline(spec, hardware, numbers, tp=tp, pp=pp, moe=moe, overlap=overlap)
+    return Roofline(spec, hardware, numbers, tp=tp, pp=pp, moe=moe, host=host, overlap=overlap)
 
 
 def _table_options(dtype: str, quantization: str, kv_dtype: str) -> dict[str, str]:

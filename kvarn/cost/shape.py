@@ -1,7 +1,7 @@
 """`StepShape` goes in, `Estimate` comes out: the words of every cost model. Plain data."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 #: (rows, positions attended) of spans with several rows; positions include the rows' own
@@ -65,6 +65,17 @@ class Estimate:
     def seconds(self) -> float:
         """The whole step."""
         return self.host + self.linear + self.prefill + self.decode + self.experts + self.comm
+
+
+def total(parts: Iterable[Estimate]) -> Estimate:
+    """What follows each other, as one: terms and energy add up, confidence is by time."""
+    found, sure = Estimate(), 0.0
+    for part in parts:
+        for one in fields(Estimate):
+            setattr(found, one.name, getattr(found, one.name) + getattr(part, one.name))
+        sure += part.confidence * part.seconds
+    found.confidence = sure / found.seconds if found.seconds else 0.0
+    return found
 
 
 class CostModel(Protocol):

@@ -50,6 +50,10 @@ class Watcher(Protocol):
         """
         ...
 
+    def accepted(self, seqs: Sequence[Seq], tokens: Sequence[int]) -> None:
+        """Each of `seqs` got so many tokens more with the one just committed: drafts that stood."""
+        ...
+
 
 @dataclass(slots=True)
 class Instance:
@@ -76,6 +80,10 @@ class Instance:
     def add(self, request: Request) -> None:
         """Queue a request; `QueueFull` if there is no place."""
         self.control.add(request)
+
+    def abort(self, request: str, now: int) -> list[Seq]:
+        """Drop a request at `now` [ns]; the sequences that it ends."""
+        return self.control.abort(request, now / NS)
 
     def noticed(self, now: int, token_of: Callable[[Seq], int]) -> int | None:
         """Somebody comes at `now`, and is not there yet: the new end of the run, if it moved.
@@ -134,18 +142,25 @@ class Instance:
             return progress
         if self.overlap and self._coastable(in_flight=1) < 1:
             self._plan_ahead(run)
-        self._account(run)
         tokens = [
             [token_of(self.control.seqs[span.seq])]
             if span.wants_logits and span.seq in self.control.seqs
             else []
             for span in run.plan.spans
         ]
-        extras = choices(self.control, run.plan) if run.plan.partial else {}
-        result = StepResult(run.plan.step, tokens, extras, (now - run.start) / NS)
-        progress = self.control.apply(run.plan, result, now / NS)
+        return self._record(run, run.plan, tokens)[1]
+
+    def _record(
+        self, run: Run, plan: StepPlan, tokens: list[list[int]]
+    ) -> tuple[StepResult, list[Progress]]:
+        """A planned step has ended with these tokens, by span."""
+        self._account(run)
+        now = run.end
+        extras = choices(self.control, plan) if plan.partial else {}
+        result = StepResult(plan.step, tokens, extras, (now - run.start) / NS)
+        progress = self.control.apply(plan, result, now / NS)
         self.watcher.committed(self, [one.seq for one in progress if one.tokens], now, now, ())
-        return progress
+        return result, progress
 
     def _begin(self, plan: StepPlan, now: int) -> int:
         """Run a planned step; its end [ns]."""

@@ -29,7 +29,7 @@ class Record:
     cached: int = 0  #: prompt tokens found in the prefix cache
     preemptions: int = 0
     error: str = ""
-    #: between tokens [s], where kept; sequence after sequence as they end
+    #: between steps that brought tokens [s], where kept; sequence after sequence as they end
     gaps: "array[float] | tuple[()]" = ()
 
 
@@ -98,7 +98,8 @@ class Tally:
     """
 
     records: dict[str, Record] = field(default_factory=dict)
-    gaps: Counter[int] = field(default_factory=Counter)  #: tokens by the gap before them [us]
+    #: tokens by the gap before them [us]; several that one step brought are one
+    gaps: Counter[int] = field(default_factory=Counter)
     steps: list[StepRow] | None = None  #: filled only where asked for
     keep_gaps: bool = True
     page_use: dict[str, PageUse] | None = None  #: by instance; filled only where asked for
@@ -133,6 +134,11 @@ class Tally:
             stream.last = last
         if self.page_use is not None:
             self._see_pages(self.page_use, instance, last)
+
+    def accepted(self, seqs: Sequence[Seq], tokens: Sequence[int]) -> None:
+        """They came at one time: there is no gap between them."""
+        for seq, more in zip(seqs, tokens, strict=True):
+            self._streams[seq].tokens += more
 
     def stepped(self, instance: Instance, shape: StepShape, start: int, end: int) -> None:
         """Keep the step, if steps are wanted, and the pages held during it."""

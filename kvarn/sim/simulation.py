@@ -107,7 +107,7 @@ class Simulation:
     def _drop(self, place: int) -> None:
         now = self.heap.now
         for request in self._unwanted.pop(place, ()):
-            for seq in self.instances[place].control.abort(request, now / NS):
+            for seq in self.instances[place].abort(request, now):
                 self.tally.ended(seq, now, ABORTED)
             if self._left.pop(request, 0):
                 self._tell(Finished(request, place))

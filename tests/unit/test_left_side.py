@@ -13,6 +13,7 @@ LEFT = """
     left = ["core", "cost", "theory", "workload", "schedule", "kv/prefix", "kv/evict",
             "cluster/router", "sim", "speculate/length"]
     names = ["kvarn.kv.manager", "kvarn.kv.sizing", "kvarn.cluster.fleet", "kvarn.cluster.routing"]
+    names += ["kvarn.speculate.speculation", "kvarn.speculate.train.versions"]
     drafts = ("mix", "native_tree", "ngram", "suffix")
     names += [f"kvarn.speculate.propose.{name}" for name in drafts]
     for folder in left:

@@ -190,3 +190,61 @@ def test_filtered_prompts_cost_a_share_of_the_layers(tmp_path, trace):
     assert some["total_input_tokens"] == full["total_input_tokens"]
     assert some["mean_ttft_ms"] < 0.9 * full["mean_ttft_ms"]
     assert every["mean_ttft_ms"] > full["mean_ttft_ms"], "a filter of all layers is no gain"
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("--speculate suffix", "simulated ones mean nothing"),
+        ("--speculate drat --acceptance 0.5", "draft"),
+        ("--acceptance 0.5", "acceptance is about drafts, and there are none"),
+        ("--train-drafter on", "train_drafter is about drafts"),
+        ("--speculate synthetic", "acceptance must be probabilities"),
+        ("--speculate synthetic --acceptance 1.5", "acceptance must be probabilities"),
+        ("--speculate synthetic --acceptance 0.5,x", "acceptance must be probabilities"),
+        ("--speculate synthetic --acceptance 0.5 --draft-cost 0.1", "drafts at no cost"),
+        ("--speculate synthetic --acceptance 0.5 --draft-length best", "unknown"),
+        ("--speculate synthetic --acceptance 0.5 --draft-tokens 0", "draft_tokens must be at"),
+        ("--speculate synthetic --acceptance 0.5 --subjects code", "say acceptance=measured"),
+        ("--speculate synthetic --acceptance 0.5 --bounds", "bounds hold for one token a step"),
+        ("--speculate synthetic --acceptance 0.5 --train-drafter on", "say acceptance=measured"),
+        ("--speculate synthetic --acceptance measured --subjects spansh", "spanish"),
+        ("--speculate synthetic --acceptance measured --subject-seconds 0", "above 0"),
+        ("--speculate synthetic --acceptance measured --train-drafter of", "off"),
+        (
+            "--speculate synthetic --acceptance measured --train-drafter on --train-interval 0",
+            "train_interval must be at least 1",
+        ),
+        (
+            "--speculate synthetic --acceptance measured --train-drafter on --train-slowdown 0.5",
+            "train_slowdown at least 1",
+        ),
+        ("--speculate draft --acceptance 0.5", "needs the price of a pass"),
+        ("--speculate draft --acceptance 0.5 --draft-cost -1", "draft_cost must be at least 0"),
+        ("--speculate draft --acceptance 0.5 --draft-model nobody", "no shape is called"),
+        ("--speculate draft --acceptance 0.5 --draft-model qwen3-0.6b", "must share the model's"),
+        ("--speculate draft --acceptance 0.5 --draft-model m --draft-cost 0.1", "either"),
+        ("--speculate draft --acceptance 0.5 --draft-model m --cost fitted", "say draft_cost"),
+    ],
+)
+def test_drafts_that_cannot_be_are_refused(words, says, capsys):
+    assert main(["sim", *words.split()]) in (1, 2)
+    assert says in capsys.readouterr().err
+
+
+def test_drafts_are_told_and_take_memory(tmp_path, trace, capsys):
+    words = ["--trace", trace, "--model", "llama-3.1-8b", "--device", "H100"]
+    plain = sim(tmp_path, *words)
+    drafts = ["--speculate", "draft", "--draft-model", "llama-3.2-1b", "--acceptance", "0.8,0.6"]
+    drafts += ["--draft-length", "fixed", "--draft-tokens", "3"]
+    capsys.readouterr()
+    steps = tmp_path / "steps.json"
+    found = sim(tmp_path, *words, *drafts, "--perfetto", str(steps))
+    names = {event["name"] for event in json.loads(steps.read_text())["traceEvents"]}
+    assert {"prefill", "verify"} <= names
+    assert "of them accepted" in capsys.readouterr().out
+    assert found["total_output_tokens"] == plain["total_output_tokens"]
+    assert 0.3 < found["acceptance"] < 0.7 and "drafted_tokens" not in plain
+    assert found["mean_tpot_ms"] < 0.8 * plain["mean_tpot_ms"]
+    assert found["pages"] < 0.9 * plain["pages"]
+    assert found["steps"] < plain["steps"]
