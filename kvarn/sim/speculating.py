@@ -6,7 +6,9 @@ control, which learns costs from virtual times.
 The loop is `Engine.step` with drafts: a step is planned when what its drafts follow is known. In
 the overlapped loop the control is asked when a step begins; where it wants no drafts the next step
 is planned at once, and where it does that waits for the end. Steps with drafts, and the one behind
-them, are so priced with nothing of the host's part hidden.
+them, are so priced with nothing of the host's part hidden; but where a model drafts and the control
+does not look at drafts within a round, as much of it as the passes of the draft take: the engine
+hands the step over while these run, and begins them behind the step before.
 
 Steps are never taken together: whether drafts are wanted is asked before each of them.
 """
@@ -87,6 +89,8 @@ class Speculating(Instance):
         """Run a planned step, after what drafting for it takes; its end [ns]."""
         self._run = Run(self._shape(plan), now, plan)
         price = self._partway(plan) if plan.partial else cost.step(self._run.shape)
+        if self._ahead_of_host and plan.drafts:
+            price = replace(price, host=max(0.0, price.host - drafting.seconds))
         parts = [drafting, price]
         if self.learner is not None:
             parts.append(Estimate(host=price.seconds * (self.learner.slowdown - 1.0)))
@@ -99,6 +103,12 @@ class Speculating(Instance):
             if not self._wanted and self.control.has_work:
                 self._ahead = self.control.plan(self.drafter.clock.now)
         return self._run.end
+
+    @property
+    def _ahead_of_host(self) -> bool:
+        """Whether the host works while the device drafts."""
+        drafts_itself = self.drafter.cost is not None
+        return self.overlap and drafts_itself and not self.speculation.length.looks
 
     def _shape(self, plan: StepPlan) -> StepShape:
         """A draft is judged by the logits of the row before it: each is a row of the head."""
