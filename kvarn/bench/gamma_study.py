@@ -34,7 +34,7 @@ from kvarn.speculate.propose.ngram import NGram
 from kvarn.speculate.texts import Recorded, Told, tell
 from kvarn.speculate.trial import Roofline
 
-EACH, OUTPUT = 10, 96  #: texts of a kind; tokens of a text at most
+EACH, OUTPUT = 8, 96  #: texts of a kind; tokens of a text at most
 LONGEST = 16  #: tokens of a draft
 LENGTHS = range(1, LONGEST + 1)
 TIMED = (0, 1, 2, 3, 4, 6, 8, 12, 16)  #: lengths of drafts whose steps are timed
@@ -87,17 +87,18 @@ def modelled(model: str) -> dict[str, Any]:
 
 
 def _copies(llm: LLM) -> list[list[int]]:
-    return chats(llm, reproduce.TEXTS["copy"][:EACH])
+    return chats(llm, reproduce.TEXTS["copy"][-EACH:])
 
 
 def _talks(llm: LLM) -> list[list[int]]:
-    return chats(llm, reproduce.TEXTS["talk"][:EACH])
+    return chats(llm, reproduce.TEXTS["talk"][-EACH:])
 
 
 def _code(llm: LLM) -> list[list[int]]:
     tokenizer = llm.tokenizer
     assert tokenizer is not None
-    said = [tokenizer.chat(rewrite(task, 0)) + FENCE for task in range(min(EACH, len(TASKS)))]
+    tasks = range(len(TASKS) - EACH, len(TASKS))
+    said = [tokenizer.chat(rewrite(task, 0)) + FENCE for task in tasks]
     return [tokenizer.encode(one, add_special=False) for one in said]
 
 
