@@ -149,7 +149,7 @@ def mixed(rows: list[dict[str, Any]]) -> Lines:
 def edited(result: dict[str, Any]) -> Lines:
     """Files written again with small edits, in counts."""
     named = {"ngram": "best n-gram", edit_study.ALONE: "own tree alone"}
-    lines, about = edit_study.table_of(result["rows"]), result["about"]
+    lines, about = edit_study.table_of(result["rows"]), result["workload"]["about"]
     names = [named.get(name, name) for name in lines[0].each]
     shown = [
         [
@@ -172,8 +172,9 @@ def edited(result: dict[str, Any]) -> Lines:
         "fresh request with a description of which one value has changed, and no file. Kept were "
         f"the files of which all answers ended by themselves. {said}. Tokens a round and tokens "
         "drafted in vain for each token, from a file's second request on; the best n-gram is that "
-        "of seven ranges of match, in hindsight; `own tree alone` knows no other request; `suffix, "
-        "twice` drafts two tokens for each that matches.",
+        f"of {len(result['workload']['matches'])} ranges of match, in hindsight; `own tree alone` "
+        "knows no other request; `suffix, twice` drafts two tokens for each that matches "
+        f"(`--draft-factor 2`). Counted {result['date']}, {(result['git_commit'] or '')[:10]}.",
         "",
         *table(
             [

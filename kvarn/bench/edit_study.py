@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kvarn.bench import edits
+from kvarn.bench import edits, record
 from kvarn.bench.edits import Agent
 from kvarn.engine.llm import LLM
 from kvarn.speculate.length.fixed import Fixed
@@ -59,7 +59,9 @@ def run(model: str) -> dict[str, Any]:
         about[name] = {"asked": count} | statistics(agents)
         rows += played(name, agents)
     llm.close()
-    return {"about": about, "rows": [asdict(row) for row in rows]}
+    said = {"lengths": list(LENGTHS), "matches": list(MATCHES), "about": about}
+    header = record.header("reproduce-edits", said, {"model": model})
+    return header | {"rows": [asdict(row) for row in rows]}
 
 
 def statistics(agents: Sequence[Agent]) -> dict[str, int]:

@@ -51,13 +51,15 @@ def test_suffix_trees_know_other_requests(monkeypatch):
     fresh = [[Turn([7, 8, 9], changed(text, at)) for at in range(3)] for text in files]
     shown = [[Turn([*text, 7], changed(text, at)) for at in range(3)] for text in files]
     rows = [*edit_study.played("rewrite", fresh), *edit_study.played("patch", shown)]
-    result = {
-        "about": {
-            name: {"asked": 3} | edit_study.statistics(agents)
-            for name, agents in (("rewrite", fresh), ("patch", shown))
-        },
-        "rows": [edit_study.asdict(row) for row in rows],
+    about = {
+        name: {"asked": 3} | edit_study.statistics(agents)
+        for name, agents in (("rewrite", fresh), ("patch", shown))
     }
+    result = {
+        "date": "today", "git_commit": None,
+        "workload": {"about": about, "matches": edit_study.MATCHES},
+        "rows": [edit_study.asdict(row) for row in rows],
+    }  # fmt: skip
     rewrite, patch = edit_study.table_of(result["rows"])
     assert rewrite.ratio > 3 > rewrite.ratio_all > 1.5
     assert rewrite.each[edit_study.ALONE] < 1.2 < rewrite.each["suffix"]

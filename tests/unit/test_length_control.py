@@ -68,7 +68,7 @@ def test_gammatune_near_best_fixed(token: float) -> None:
     chance, times = random.Random(1), Roofline(row=0.0, fixed=0.0, token=token)
     for share in (0.5, 0.7, 0.85, 0.95):
         best = max((1 - share ** (k + 1)) / (1 - share) / (1 + k * token) for k in range(1, 17))
-        played = play(GammaTune(), [Stream.drawn([(share, 20000)], chance)], times)
+        played = play(GammaTune(), [Stream.drawn([(share, 8000)], chance)], times)
         assert played.speedup >= 0.88 * best
     stream = Stream.drawn([(0.98, 50), (0.1, 50)] * 20, chance)
     assert play(GammaTune(), [stream], times).speedup >= 0.99 * best_fixed([stream], times, 16)
