@@ -192,7 +192,7 @@ def modelled(said: dict[str, Any]) -> Lines:
     kinds = list(rows[0]["share"])
     lines = [
         "",
-        f"A mixed stream, {said['each']} texts a kind by SmolLM2, in **modelled time**: rounds "
+        f"A mixed stream, {said['workload']['each']} texts a kind by SmolLM2, in **modelled time**: rounds "
         "and drafted tokens of each request are exact, prices are those measured in the same run: "
         + "; ".join(
             f"{one['proposer']}: a step {cell(one['step_ms'])} ms, a drafted token "
@@ -203,7 +203,8 @@ def modelled(said: dict[str, Any]) -> Lines:
         + ". On the machine `flat` a step takes the same whatever it verifies. Speed over the best "
         "fixed length of each kind and of the stream in hindsight; over the fixed length that is "
         "safest (its worst kind is the best); standard deviation of the requests' speed-ups over "
-        "that of the stream's best fixed length.",
+        f"that of the stream's best fixed length. Measured {said['date']}, "
+        f"{(said['git_commit'] or '')[:10]}.",
     ]
     for case in dict.fromkeys((row["proposer"], row["machine"]) for row in rows):
         mine = [row for row in rows if (row["proposer"], row["machine"]) == case]

@@ -15,7 +15,7 @@ from random import Random
 from statistics import pstdev
 from typing import Any
 
-from kvarn.bench import reproduce
+from kvarn.bench import record, reproduce
 from kvarn.bench.edits import FENCE, TASKS, rewrite
 from kvarn.bench.reproduce import chats
 from kvarn.core.errors import ConfigError
@@ -38,6 +38,7 @@ EACH, OUTPUT = 8, 96  #: texts of a kind; tokens of a text at most
 LONGEST = 16  #: tokens of a draft
 LENGTHS = range(1, LONGEST + 1)
 TIMED = (0, 1, 2, 3, 4, 6, 8, 12, 16)  #: lengths of drafts whose steps are timed
+TURNS, TIMED_TOKENS = 6, 24  #: each of them so often, and for so many tokens, in turns
 CONTROLS: dict[str, Callable[[], LengthControl]] = {
     "gammatune": GammaTune,
     "gammatune-plus": GammaTunePlus,
@@ -80,7 +81,8 @@ def modelled(model: str) -> dict[str, Any]:
         for machine, paid in (("this one", costs), ("flat", flat(costs))):
             rows += compared(texts, proposer, machine, paid)
     said = {kind: sum(len(one.answer) for one in texts if one.kind == kind) for kind in KINDS}
-    return {"each": EACH, "tokens": said, "prices": prices, "rows": rows}
+    header = record.header("reproduce-gammatune", {"each": EACH, "tokens": said}, {"model": model})
+    return header | {"prices": prices, "rows": rows}
 
 
 # what is recorded and measured
@@ -123,12 +125,15 @@ def _texts(llm: LLM) -> list[Text]:
 
 
 def _timed(llm: LLM) -> Measured:
-    """Steps without drafts and with drafts of several lengths, of one sequence, as they come."""
+    """Steps without drafts and with drafts of several lengths, of one sequence, as they come.
+
+    In turns: where others slow the machine down for a while, they slow down all of them.
+    """
     speculation = llm.engine.speculation
     assert speculation is not None
     speculation.costs = Measured()
-    params = SamplingParams(temperature=0.0, max_tokens=OUTPUT, ignore_eos=True)
-    for length in TIMED:
+    params = SamplingParams(temperature=0.0, max_tokens=TIMED_TOKENS, ignore_eos=True)
+    for length in TIMED * TURNS:
         speculation.most = length
         llm.generate(_copies(llm)[:1], params)
     return speculation.costs

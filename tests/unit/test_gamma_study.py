@@ -40,7 +40,7 @@ def test_controls_are_held_against_hindsight():
     assert oracle["drafted"] == 12 * 79 - oracle["rounds"]  # all of them stood
     assert found["gammatune"]["share"]["mixed"] > 1.0  # one length does not fit both
     said = {
-        "each": 6, "rows": rows,
+        "workload": {"each": 6}, "date": "today", "git_commit": None, "rows": rows,
         "prices": [{"proposer": "draft", **gamma_study._prices(costs)}],
     }  # fmt: skip
     assert sum("gammatune" in line for line in gamma_study.modelled_lines(said)) == 3
