@@ -192,7 +192,7 @@ def modelled(said: dict[str, Any]) -> Lines:
     kinds = list(rows[0]["share"])
     lines = [
         "",
-        f"A mixed stream, {said['workload']['each']} texts a kind by SmolLM2, in **modelled time**: rounds "
+        f"A mixed stream, {said['workload']['each']} texts a kind, in **modelled time**: rounds "
         "and drafted tokens of each request are exact, prices are those measured in the same run: "
         + "; ".join(
             f"{one['proposer']}: a step {cell(one['step_ms'])} ms, a drafted token "
