@@ -4,7 +4,7 @@ from typing import Any
 
 from cells import Lines, cell, table
 
-from kvarn.bench import modelled_lengths
+from kvarn.bench import edit_study, modelled_lengths
 from kvarn.bench import online_spec as online
 
 
@@ -118,6 +118,8 @@ def reproduce(result: dict[str, Any]) -> Lines:
         "",
         *table(["setting", *(f"{text} x{batch}" for text, batch in cases)], rows),
         *(mixed(result["mixed"]) if "mixed" in result else []),
+        *(edited(result["edits"]) if "edits" in result else []),
+        *(modelled(result["modelled"]) if "modelled" in result else []),
     ]
 
 
@@ -142,6 +144,91 @@ def mixed(rows: list[dict[str, Any]]) -> Lines:
         "",
         *table(["setting", *kinds, "rounds", "drafted", "accepted", "passes"], shown),
     ]
+
+
+def edited(result: dict[str, Any]) -> Lines:
+    """Files written again with small edits, in counts."""
+    named = {"ngram": "best n-gram", edit_study.ALONE: "own tree alone"}
+    lines, about = edit_study.table_of(result["rows"]), result["workload"]["about"]
+    names = [named.get(name, name) for name in lines[0].each]
+    shown = [
+        [
+            one.workload, one.most, one.ngram, *one.each.values(), one.ratio, one.ratio_all,
+            *one.lost.values(),
+        ]
+        for one in lines
+    ]  # fmt: skip
+    said = "; ".join(
+        f"{name}: {one['files']} of {one['asked']} files, {one['requests']} requests, "
+        f"{one['prompt_tokens'] / one['requests']:.0f} tokens a prompt, "
+        f"{one['answer_tokens'] / one['requests']:.0f} an answer"
+        for name, one in about.items()
+    )
+    return [
+        "",
+        "Files written again with small edits (`kvarn/bench/edits.py`), one request at a time, "
+        "fp32, fixed lengths, in counts: a **conversation** has all earlier answers in its prompt; "
+        "a **patch** is a fresh request with the original file and one edit; a **rewrite** is a "
+        "fresh request with a description of which one value has changed, and no file. Kept were "
+        f"the files of which all answers ended by themselves. {said}. Tokens a round and tokens "
+        "drafted in vain for each token, from a file's second request on; the best n-gram is that "
+        f"of {len(result['workload']['matches'])} ranges of match, in hindsight; `own tree alone` "
+        "knows no other request; `suffix, twice` drafts two tokens for each that matches "
+        f"(`--draft-factor 2`). Counted {result['date']}, {(result['git_commit'] or '')[:10]}.",
+        "",
+        *table(
+            [
+                "workload", "longest draft", "n-gram's match", *names, "suffix over n-gram",
+                "with first requests", *(f"in vain: {name}" for name in names),
+            ],
+            shown,
+        ),
+    ]  # fmt: skip
+
+
+def modelled(said: dict[str, Any]) -> Lines:
+    """Length controls on real texts in modelled time."""
+    rows = said["rows"]
+    kinds = list(rows[0]["share"])
+    lines = [
+        "",
+        f"A mixed stream, {said['workload']['each']} texts a kind, in **modelled time**: rounds "
+        "and drafted tokens of each request are exact, prices are those measured in the same run: "
+        + "; ".join(
+            f"{one['proposer']}: a step {cell(one['step_ms'])} ms, a drafted token "
+            f"{cell(one['token_ms'])} ms, verifying "
+            + ", ".join(f"{k}: {cell(ms)}" for k, ms in one["verify_ms"].items())
+            for one in said["prices"]
+        )
+        + ". On the machine `flat` a step takes the same whatever it verifies. Speed over the best "
+        "fixed length of each kind and of the stream in hindsight; over the fixed length that is "
+        "safest (its worst kind is the best); standard deviation of the requests' speed-ups over "
+        f"that of the stream's best fixed length. Measured {said['date']}, "
+        f"{(said['git_commit'] or '')[:10]}.",
+    ]
+    for case in dict.fromkeys((row["proposer"], row["machine"]) for row in rows):
+        mine = [row for row in rows if (row["proposer"], row["machine"]) == case]
+        best = ", ".join(f"{kind} {k}" for kind, k in mine[0]["best"].items())
+        shown = [
+            [
+                row["setting"], row["speed"], *(f"{row['share'][kind]:.3f}" for kind in kinds),
+                f"{row['over_safest']:.3f}", row["spread"], row["rounds"], row["drafted"],
+            ]
+            for row in mine
+        ]  # fmt: skip
+        lines += [
+            "",
+            f"Drafts by `{case[0]}`, machine: {case[1]}; best fixed lengths: {best}.",
+            "",
+            *table(
+                [
+                    "setting", "over plain", *(f"share, {kind}" for kind in kinds),
+                    "over safest fixed", "spread", "rounds", "drafted",
+                ],
+                shown,
+            ),
+        ]  # fmt: skip
+    return lines
 
 
 def acceptance_head(result: dict[str, Any]) -> Lines:

@@ -30,19 +30,18 @@ one of 135M, which now and then loses its way; that would make drafts stand more
 import argparse
 import gzip
 import json
-import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from random import Random
 from statistics import fmean, median
 from time import perf_counter
 from typing import Any
 
 from kvarn.bench import record
+from kvarn.bench.edits import OUTPUT, TURNS, Agent, Turn, conversations
 from kvarn.core.errors import ConfigError
 from kvarn.core.plan import SeqId
 from kvarn.core.request import Request, SamplingParams
@@ -61,7 +60,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1]
 TRACE = BENCHMARKS / "traces" / "edits_smollm2.json.gz"
 SMOLLM2 = Path("~/.cache/kvarn/models/SmolLM2-135M-Instruct.Q4_1.gguf").expanduser()
 
-AGENTS, TURNS, OUTPUT = 40, 3, 320  #: of the recording: conversations, turns, tokens of an answer
+AGENTS = 40  #: conversations of the recording
 TOGETHER = 32  #: agents recorded at once
 RUN = 4  #: tokens in a row that occur in the prompt count as repeated
 
@@ -75,97 +74,7 @@ COUNTS = (
     "accepted_tokens", "verify_steps", "replayed_verify_steps",
 )  # fmt: skip
 
-WORDS = (
-    "alpha bravo cedar delta ember falcon grove harbor iris jasper kite lumen maple nectar onyx "
-    "pearl quartz river sable tulip umber violet willow xenon yarrow zephyr"
-)
-KEYS = (
-    "host_port timeout retries workers cache_size log_level queue_length batch_size page_limit "
-    "max_users min_memory buffer_size upload_limit session_time backup_hours thread_count "
-    "image_width image_height font_size margin_left margin_top zoom_level volume speed_limit "
-    "score_limit lives start_level screen_width screen_height frame_rate"
-)
-
-
-@dataclass(slots=True)
-class Turn:
-    """One request, and what the model said."""
-
-    prompt: list[int]
-    answer: list[int]
-
-
-Agent = list[Turn]
-
-
 # the recording
-
-
-def settings_file(chance: Random) -> str:
-    """Names and numbers."""
-    names = chance.sample(KEYS.split(), 20)
-    return "\n".join(f"{name} = {chance.randint(2, 999)}" for name in names)
-
-
-def options_file(chance: Random) -> str:
-    """The same as in YAML."""
-    return settings_file(chance).replace(" = ", ": ").replace("_", "-")
-
-
-def code_file(chance: Random) -> str:
-    """Functions of one line."""
-    parts, words = list[str](), WORDS.split()
-    for name, given in zip(chance.sample(words, 6), chance.sample(words, 6)):
-        about = f'    """Return the {name} of {given}."""'
-        parts.append(f"def {name}({given}):\n{about}\n    return {given} * {chance.randint(2, 99)}")
-    return "\n\n".join(parts)
-
-
-FILES = (settings_file, options_file, code_file)
-
-
-def edit(chance: Random, text: str) -> str:
-    """What the user wants: another number at the end of a line."""
-    old = chance.choice([line.strip() for line in text.split("\n") if line[-1:].isdigit()])
-    new = re.sub(r"\d+$", str(chance.randint(100, 999)), old)
-    return f"Change the line `{old}` to `{new}`. Write the whole file again."
-
-
-@dataclass(slots=True)
-class Talk:
-    """A conversation under way."""
-
-    chance: Random
-    text: str  #: the file
-    chat: list[dict[str, str]] = field(default_factory=list)
-    turns: Agent = field(default_factory=list)
-
-    def ask(self) -> None:
-        """The next thing that the user says; the file comes first."""
-        begin = "" if self.chat else f"Here is a file:\n\n```\n{self.text}\n```\n\n"
-        self.chat.append({"role": "user", "content": begin + edit(self.chance, self.text)})
-
-
-def begun(seed: int) -> Talk:
-    """Each seed has a file of its own."""
-    chance = Random(seed)
-    return Talk(chance, FILES[seed % len(FILES)](chance))
-
-
-def converse(llm: LLM, seeds: Sequence[int]) -> list[Agent]:
-    """Agents side by side, one for each seed, without those whose answers were cut."""
-    tokenizer, params = llm.tokenizer, SamplingParams(temperature=0, max_tokens=OUTPUT)
-    talks = [begun(seed) for seed in seeds]
-    for _ in range(TURNS):
-        for talk in talks:
-            talk.ask()
-        asked = [tokenizer.encode(tokenizer.chat(talk.chat), add_special=False) for talk in talks]
-        for talk, prompt, done in zip(talks, asked, llm.generate(asked, params)):
-            said = done.outputs[0]
-            talk.turns.append(Turn(prompt, said.tokens))
-            talk.chat.append({"role": "assistant", "content": said.text})
-        talks = [talk for talk in talks if len(talk.turns[-1].answer) < OUTPUT]
-    return [talk.turns for talk in talks]
 
 
 def record_agents(path: Path, model: str, wanted: int) -> None:
@@ -173,7 +82,7 @@ def record_agents(path: Path, model: str, wanted: int) -> None:
     llm = LLM(model=model, max_len=2048, max_seqs=TOGETHER)
     agents, tried = list[Agent](), 0
     while len(agents) < wanted:
-        agents += converse(llm, range(tried, tried + TOGETHER))
+        agents += conversations(llm, range(tried, tried + TOGETHER))
         tried += TOGETHER
         print(f"{len(agents)} of {tried} agents", flush=True)
     llm.close()

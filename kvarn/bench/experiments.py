@@ -23,6 +23,7 @@ MODULES = {
     "deployment-challenges": ("kvarn.bench.session_study", "llama-3.1-8b"),
     "draft-lengths": ("kvarn.bench.modelled_lengths", "modelled"),
     "draft-stops": ("kvarn.bench.stopping_study", "smollm2-135m"),
+    "gammatune": ("kvarn.bench.gamma_study", "smollm2-135m"),
     "gemfilter": ("kvarn.bench.filter_study", "smollm2-135m"),
     "hermes": ("kvarn.bench.pipeline_study", "llama-3.1-8b"),
     "online-spec": ("kvarn.bench.online_spec", "smollm2-135m"),
@@ -35,7 +36,7 @@ MODULES = {
 }
 
 #: experiments of `kvarn.bench.reproduce`, by text and setting
-TEXTS = ("gammatune", "specdec-pp", "utility-spec")
+TEXTS = ("specdec-pp", "utility-spec")
 
 
 def find(name: str) -> Experiment:

@@ -5,7 +5,8 @@ repeats earlier text and some does not, in counts, without a clock: requests com
 other to one engine a setting: copies of the prompt, lists, questions, and questions asked before.
 Greedy and in fp32, so that all settings give the same tokens, which is checked (in bf16 near ties
 may fall otherwise: attention of trees is summed up by parts). A round is a step that brings tokens;
-what a proposer saves is rounds, whatever the machine.
+what a proposer saves is rounds, whatever the machine. Last, files that are written again with small
+edits (`kvarn.bench.edit_study`).
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from dataclasses import asdict, dataclass
 from random import Random
 from typing import Any
 
-from kvarn.bench import reproduce
+from kvarn.bench import edit_study, reproduce
 from kvarn.core.request import SamplingParams
 from kvarn.engine.llm import LLM
 from kvarn.speculate.propose.draft_model import DraftModel
@@ -70,8 +71,9 @@ def stream() -> list[tuple[str, str]]:
 
 
 def run(model: str) -> dict[str, Any]:
-    """Rates by text and setting, and the counts of the mixed stream."""
-    return reproduce.run("suffix-decoding", model) | {"mixed": mixed(model)}
+    """Rates by text and setting, and the counts of the mixed stream and of edits."""
+    rates = reproduce.run("suffix-decoding", model)
+    return rates | {"mixed": mixed(model), "edits": edit_study.run(model)}
 
 
 def mixed(model: str) -> list[dict[str, Any]]:
@@ -122,7 +124,8 @@ def _passes(llm: LLM) -> int:
 
 def lines(result: dict[str, Any]) -> list[str]:
     """Tables for people."""
-    return [*reproduce.lines(result), "", *mixed_lines(result["mixed"])]
+    mixed = mixed_lines(result["mixed"])
+    return [*reproduce.lines(result), "", *mixed, "", *edit_study.lines(result["edits"])]
 
 
 def mixed_lines(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -52,6 +52,9 @@ class EngineConfig:
     draft_shape: str = option(
         "chain", "of drafts by suffix, draft and mix: chain, or tree (alternatives at a place)"
     )
+    draft_factor: float = option(
+        1.0, "suffix trees: tokens drafted for each token that matches (the paper's alpha)"
+    )
     draft_model: str = option("", "speculate=draft: name or folder of the drafting model")
     draft_choice: str = option(
         "drawn", "a drafting model's tokens: drawn at the request's temperature, or likeliest"
@@ -176,6 +179,13 @@ def _check(config: EngineConfig) -> None:
         raise ConfigError(
             f"train_drafter={config.train_drafter} teaches a drafting model, and "
             f"speculate={config.speculate} has none: it needs speculate=draft or mix"
+        )
+    if config.draft_factor <= 0:
+        raise ConfigError(f"draft_factor must be above 0, got {config.draft_factor}")
+    if config.draft_factor != 1.0 and config.speculate not in ("suffix", "mix"):
+        raise ConfigError(
+            f"draft_factor={config.draft_factor} is of suffix trees: it needs speculate=suffix or "
+            f"mix, and speculate={config.speculate} has none"
         )
     if config.draft_shape == "tree":
         _check_trees(config)

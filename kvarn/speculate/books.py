@@ -28,6 +28,11 @@ class Account:
             self.holds = FIRST * luck
         self.most = MOST * luck
 
+    @property
+    def full(self) -> bool:
+        """Whether nothing more can be paid in."""
+        return self.holds >= self.most
+
     def add(self, gain: float) -> None:
         """Pay in, what is owed first, or out."""
         repaid = min(self.owes, max(gain, 0.0))

@@ -45,6 +45,7 @@ def _proposer(config: EngineConfig, drafter: Proposer | None) -> Proposer:
         if not native_tree.available():
             log.warning("suffix trees in Python, slower: %s", native_tree.reason())
         make = NativeTree if native_tree.available() else SuffixTree
-        free = suffix(Drafting(tree=config.draft_shape == "tree"), tree=make)
+        how = Drafting(factor=config.draft_factor, tree=config.draft_shape == "tree")
+        free = suffix(how, tree=make)
         return cast(Proposer, part(free, drafter) if config.speculate == "mix" else free)
     return drafter if drafter is not None else cast(Proposer, part())

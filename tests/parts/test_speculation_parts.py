@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 from golden.test_engine import expected, make_engine, make_requests, run
 
+from kvarn.core.config import resolve
+from kvarn.core.errors import ConfigError
 from kvarn.core.part import find, known
 from kvarn.core.request import Request
 from kvarn.core.seq import Seq
+from kvarn.speculate.build import build_speculation
 from kvarn.speculate.costs import Measured
 from kvarn.speculate.part import Round, Verified
 from kvarn.speculate.train.head import AcceptanceHead, save_head
@@ -80,10 +83,17 @@ def test_every_pair_gives_the_same_tokens(
     engine.close()
 
 
-def test_synthetic_acceptance_needs_random_weights() -> None:
-    from kvarn.core.config import resolve
-    from kvarn.core.errors import ConfigError
+def test_a_factor_is_that_of_suffix_trees() -> None:
+    config = resolve({"speculate": "suffix", "draft_factor": 2.0}).config
+    proposer: Any = build_speculation(config, None).proposer
+    assert proposer.how.factor == 2.0
+    with pytest.raises(ConfigError, match="speculate=suffix"):
+        resolve({"speculate": "ngram", "draft_factor": 2.0})
+    with pytest.raises(ConfigError, match="above 0"):
+        resolve({"speculate": "suffix", "draft_factor": 0.0})
 
+
+def test_synthetic_acceptance_needs_random_weights() -> None:
     with pytest.raises(ConfigError, match="load=random"):
         resolve({"synthetic_acceptance": 0.5})
 

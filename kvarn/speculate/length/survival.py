@@ -252,7 +252,10 @@ class Survival(Part):
         levels = range(1, int(length / self._shape.width) + 1)
         tokens = self._found * sum(self._all.share**i for i in levels)
         most = n - len(self._unread(round_)) + (self._account.owes < CREDIT)
-        for some in [*(-(-n // fewer) for fewer in FEWER), 1]:
+        numbers = [-(-n // fewer) for fewer in FEWER]
+        if self._account.full:  # one of many teaches little, and must be read: seldom
+            numbers.append(1)
+        for some in numbers:
             if some * length > _most_drafts(costs, n) or some > most:
                 continue
             seconds = costs.verifying(n + some * length) + costs.draft(some, length)
