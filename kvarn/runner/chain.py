@@ -62,7 +62,6 @@ class Saying:
         `began`: the event before the replay, if any."""
         self.ids, self.most, self._began = said[0], most, began
         self._there, self._done = download(said)
-        self._lists: list[tuple[list[int], list[float]]] | None = None
 
     def _numbers(self) -> NDArray[np.float64]:
         """[2 or 3, passes, size], once they are there."""
@@ -70,18 +69,18 @@ class Saying:
             self._done.synchronize()
         return self._there.numpy().astype(np.float64)
 
-    def wait(self) -> list[Said]:
-        """By sequence; a fault of the logits ends a draft."""
+    @cached_property
+    def words(self) -> list[Said]:
+        """By sequence; a fault of the logits ends a draft. Waits for it."""
         found = self._numbers()
         return [_draft(found[:, :count, s]) for s, count in enumerate(self.most)]
 
+    @cached_property
     def lists(self) -> list[tuple[list[int], list[float]]]:
-        """By sequence: its tokens, and how sure the drafter is of each (0: a fault)."""
-        if self._lists is None:
-            ids, sure, *_ = self._numbers()[:, :, : len(self.most)].transpose(0, 2, 1)
-            rows = zip(ids.astype(np.int64).tolist(), np.nan_to_num(np.exp(sure)).tolist())
-            self._lists = [(a[:n], b[:n]) for n, (a, b) in zip(self.most, rows)]
-        return self._lists
+        """By sequence: its tokens, and how sure the drafter is of each (0: a fault). Waits."""
+        ids, sure, *_ = self._numbers()[:, :, : len(self.most)].transpose(0, 2, 1)
+        rows = zip(ids.astype(np.int64).tolist(), np.nan_to_num(np.exp(sure)).tolist())
+        return [(a[:n], b[:n]) for n, (a, b) in zip(self.most, rows)]
 
     @cached_property
     def seconds(self) -> float:
@@ -106,7 +105,7 @@ class LateDraft:
 
     def said(self) -> tuple[list[int], list[float]]:
         """Its tokens, and how sure the drafter is of each; waits for them."""
-        return self.saying.lists()[self.at]
+        return self.saying.lists[self.at]
 
 
 @dataclass(slots=True)

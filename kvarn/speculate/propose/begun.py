@@ -46,7 +46,7 @@ class Begun:
         if not control.looks:
             promise(draft, self.late, min(self.count, most))
             return draft
-        for token, logprob, _ in self.late.saying.wait()[self.late.at][:most]:
+        for token, logprob, _ in self.late.saying.words[self.late.at][:most]:
             if draft.tokens and not control.goes_on(draft.confidence):
                 break
             draft.tokens.append(token)

@@ -83,7 +83,7 @@ def replay(
     at_once = JUDGED_AT_ONCE if judged else AT_ONCE
     most = [min(one.most - len(one.draft.tokens), at_once) for one in making]
     sure = [one.draft.confidence[-1] if one.draft.tokens else 1.0 for one in making]
-    found = chains.launch(batch, np.array(most, np.int64), sure).wait()
+    found = chains.launch(batch, np.array(most, np.int64), sure).words
     spans = list[Span]()
     for one, count, said in zip(making, most, found, strict=True):
         seq = one.follower.seq
