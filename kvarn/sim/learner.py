@@ -10,6 +10,7 @@ when the one before has been judged, and goes back when it does far worse, by th
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -58,10 +59,11 @@ class Learner:
         beside = self.mode == "on" and self._next is not None and not self._yields
         return self.slows if beside else 1.0
 
-    def hear(self, record: Record) -> None:
-        """A draft was judged."""
-        self.versions.saw(record.judged, record.accepted)
-        self._taught.add(record.seq)
+    def hear(self, records: Sequence[Record]) -> None:
+        """Drafts were judged."""
+        for record in records:
+            self.versions.saw(record.judged, record.accepted)
+            self._taught.add(record.seq)
 
     def forget(self, seq: Seq) -> None:
         """The sequence has ended."""

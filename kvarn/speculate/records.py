@@ -1,7 +1,7 @@
 """The stream of verification records: every draft that was judged, with what the target said of it.
 
 Who wants them appends a function to `Speculation.listeners`: a trainer, an experiment, a test. They
-come in the order of steps, from the thread that steps, which waits for the listener.
+come step by step, all of a step together, from the thread that steps, which waits for the listener.
 """
 
 from collections.abc import Callable, Mapping
@@ -55,7 +55,7 @@ class Record:
         )
 
 
-Listener = Callable[[Record], None]
+Listener = Callable[[list[Record]], None]
 
 
 def records(plan: StepPlan, result: StepResult, drafts: Mapping[SeqId, Draft]) -> list[Record]:

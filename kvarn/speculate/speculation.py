@@ -128,10 +128,9 @@ class Speculation:
         if not asked:
             return
         heard = records(plan, result, self._drafts)
-        for record in heard:
-            if record.draft.tokens:
-                for listener in self.listeners:
-                    listener(record)
+        judged = [record for record in heard if record.draft.tokens] if self.listeners else []
+        for listener in self.listeners if judged else ():
+            listener(judged)
         verified = [record.verified() for record in heard]
         self.length.observe(verified, seconds if pure else 0.0, self._drafting)
         self.proposer.observe(verified)

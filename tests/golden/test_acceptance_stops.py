@@ -60,7 +60,7 @@ def test_drafts_end_where_rejection_is_likely(tiny_folder: Any, headed: str, wan
     engine = stopping(tiny_folder("llama"), headed, 0.9)
     assert engine.speculation is not None
     seen: list[Record] = []
-    engine.speculation.listeners.append(seen.append)
+    engine.speculation.listeners.append(seen.extend)
     run(engine, requests, seed=5)
     lengths = set()
     for record in seen:

@@ -60,7 +60,7 @@ def served(engine: Engine) -> tuple[list[list[int]], list[Record]]:
     """Greedy texts, one request after the other, and every draft that was judged."""
     assert engine.speculation is not None
     seen = list[Record]()
-    engine.speculation.listeners.append(seen.append)
+    engine.speculation.listeners.append(seen.extend)
     texts = []
     for i, prompt in enumerate(ASKED):
         sampling = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)

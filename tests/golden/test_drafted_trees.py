@@ -44,7 +44,7 @@ def heard(engine: Engine) -> list[Record]:
     """Every draft that is judged from now on."""
     found = list[Record]()
     assert engine.speculation is not None
-    engine.speculation.listeners.append(found.append)
+    engine.speculation.listeners.append(found.extend)
     return found
 
 

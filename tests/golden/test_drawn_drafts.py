@@ -138,7 +138,7 @@ def test_records_tell_what_was_judged(tiny_folder: Any) -> None:
     engine = drafting(tiny_folder("llama"), tiny_folder("qwen3"))
     assert engine.speculation is not None
     heard = list[Record]()
-    engine.speculation.listeners.append(heard.append)
+    engine.speculation.listeners.append(heard.extend)
     params = [SamplingParams(temperature=t, max_tokens=16, ignore_eos=True) for t in (0, 1, 1)]
     answers = dict(enumerate(generate(engine, params)))
     stats = engine.stats()

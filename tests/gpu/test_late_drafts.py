@@ -115,7 +115,7 @@ def test_attention_that_is_split(
 ) -> None:
     """The last piece of a split span moves on; the others stay."""
     monkeypatch.setattr(layout, "DECODE_LEAST", 64)
-    monkeypatch.setattr(layout, "DECODE_WAVES", 1)
+    monkeypatch.setattr(layout, "DECODE_WAVES", 100 if INTERPRETED else 1)  # of one multiprocessor
     plain = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
     chance = random.Random(0)
     requests = [
@@ -145,6 +145,32 @@ def test_whoever_looks_waits(tiny_folder: Any, used: list[Begun]) -> None:
     engine = ahead(tiny_folder("llama"), AnyLength(4))
     assert run(engine, requests, seed=1) == answers
     assert used and engine.control.check_integrity() == []
+
+
+def test_requests_that_leave_and_weights_that_change(tiny_folder: Any, used: list[Begun]) -> None:
+    """While drafts are under way for them, and by them."""
+    requests = make_requests(2 * COUNT)
+    answers = expected(make_engine(tiny_folder("llama"), device=DEVICE.type), requests)
+    engine, chance = ahead(tiny_folder("llama"), AnyLength(5)), random.Random(2)
+    proposer, todo, left = proposer_of(engine), list(requests), set[str]()
+    tokens: dict[tuple[str, int], list[int]] = {}
+    while todo or engine.has_work:
+        if todo and chance.random() < 0.4:
+            engine.add(todo.pop())
+        for output in engine.step():
+            assert output.error is None
+            tokens.setdefault((output.request_id, output.index), []).extend(output.tokens)
+        if chance.random() < 0.15 and engine.control.queues.running:
+            name = chance.choice(engine.control.queues.running).request.id
+            left.add(name)
+            engine.abort(name)
+        if chance.random() < 0.2:
+            proposer.renew(proposer.runner.decoder, chance.random() < 0.5)
+    assert left and used
+    for (name, index), wanted in answers.items():
+        found = tokens.get((name, index), [])
+        assert found == (wanted[: len(found)] if name in left else wanted)
+    assert engine.control.check_integrity() == [] and proposer.kv.check_integrity([]) == []
 
 
 def test_what_stands() -> None:

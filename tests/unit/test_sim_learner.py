@@ -37,7 +37,7 @@ def learner(mode: Any, interval: int = 4, seconds: float = 1.0, slows: float = 1
 
 def judge(one: Learner, i: int, accepted: int, at: float = 0.0) -> None:
     """A sequence whose draft of eight tokens was judged, and that has ended."""
-    one.hear(Record(i, 0, 1, Draft([0] * 8), [0] * (accepted + 1)))
+    one.hear([Record(i, 0, 1, Draft([0] * 8), [0] * (accepted + 1))])
     one.forget(seq(i, at))
 
 

@@ -16,7 +16,7 @@ loses on a device that is busy; `idle` learns only while no request runs.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvarn.core.output import TrainerStats
@@ -82,15 +82,16 @@ class OnlineTrainer(Part):
 
     # what comes in
 
-    def hear(self, record: Record) -> None:
-        """A draft was judged (see `kvarn.speculate.records`). An error ends the training."""
+    def hear(self, records: Sequence[Record]) -> None:
+        """Drafts were judged (see `kvarn.speculate.records`). An error ends the training."""
         if self.failed:
             return
         try:
-            judged, accepted = record.judged, record.accepted
-            self.versions.saw(judged, accepted)
-            if record.alternatives is not None:
-                self.lessons.add(record.seq, labels_of(record, judged > accepted))
+            places = [(record.judged, record.accepted) for record in records]
+            self.versions.saw(*map(sum, zip(*places, strict=True)))
+            for record, (judged, accepted) in zip(records, places, strict=True):
+                if record.alternatives is not None:
+                    self.lessons.add(record.seq, labels_of(record, judged > accepted))
         except Exception as error:
             self._give_up(error)
 

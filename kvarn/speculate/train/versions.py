@@ -72,7 +72,7 @@ class Versions:
         self.now = Share(self.window)
 
     def saw(self, judged: int, accepted: int) -> None:
-        """A draft of the version in force was judged at so many places, and stood at some."""
+        """Drafts of the version in force were judged at so many places, and stood at some."""
         self.now.saw(judged, accepted)
 
     @property
