@@ -83,7 +83,7 @@ def test_tokens_are_those_of_plain_decoding(
     assert all(0 <= token < 97 for one in records for token in one.draft.tokens)
     if family == "gemma2":  # windows: a chain is not moved on
         assert not used
-    elif not options:
+    elif not options and not INTERPRETED:  # few requests, and short ones
         assert len(used) > 5
 
 
