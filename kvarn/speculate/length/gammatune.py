@@ -140,7 +140,7 @@ class GammaTunePlus(GammaTune):
     """With the stop inside a round."""
 
     name = "gammatune-plus"
-    regime = "As gammatune, for proposers that know how sure they are. Blind to costs."
+    regime = "As gammatune, for proposers that know how sure they are."
     looks = True
     tau = 0.4  #: least confidence of a token that is kept
 
