@@ -14,7 +14,7 @@ from kvarn.core.errors import ConfigError
 from kvarn.core.model import GroupSpec, ModelSpec, shares_of
 from kvarn.core.part import Cap, Part, find, solve
 from kvarn.core.validate import Limits
-from kvarn.engine.drafter import load_drafter
+from kvarn.engine.drafter import Drafter, load_drafter
 from kvarn.engine.trainer import make_trainer
 from kvarn.kernels import native
 from kvarn.kernels.attention import small_layout
@@ -218,21 +218,15 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
     )
     speculation = None
     if config.speculate != "none" and group.rank == 0:
-        proposer = None
-        if drafter is not None:
+        if drafter is None:
+            speculation = build_speculation(config, None)
+            speculation.captures = lambda: runner.captures
+        else:
             backend = parts["attention"]()
             proposer = drafter.proposer(config, backend, kv_kind, captured, draft_pages)
-            if isinstance(runner, Runner) and runner.graphs is not None:
+            if group.ranks == 1 and runner.graphs is not None:
                 proposer.target = runner  # captured steps take drafts that are being made
-        runners = [runner] if proposer is None else [runner, proposer.runner]
-        speculation = build_speculation(config, proposer)
-        speculation.captures = lambda: sum(one.captures for one in runners)
-        if proposer is not None:
-            speculation.begin = proposer.begin
-        if config.train_drafter != "off" and drafter is not None and proposer is not None:
-            trainer = make_trainer(resolved, model, drafter, proposer, runner)
-            speculation.trainer = trainer
-            speculation.listeners.append(trainer.hear)
+            speculation = _drafted_speculation(resolved, model, drafter, proposer, runner)
     limits = Limits(
         vocab=spec.vocab, max_len=config.max_len, has_tokenizer=model.tokenizer is not None
     )
@@ -250,6 +244,21 @@ def assemble(resolved: Resolved, group: Collective = ALONE) -> Assembly:
         rules,
         seconds,
     )
+
+
+def _drafted_speculation(
+    resolved: Resolved, model: Model, drafter: Drafter, proposer: DraftModel, runner: Runner
+) -> Speculation:
+    """Speculation with a drafting model, and with who teaches it, if that is asked for."""
+    config = resolved.config
+    found = build_speculation(config, proposer)
+    found.captures = lambda: runner.captures + proposer.runner.captures
+    found.begin = proposer.begin
+    if config.train_drafter != "off":
+        trainer = make_trainer(resolved, model, drafter, proposer, runner)
+        found.trainer = trainer
+        found.listeners.append(trainer.hear)
+    return found
 
 
 def _choose_rules(

@@ -7,7 +7,7 @@ is less sure of its next token than `tau`. A tree was accepted whole where its l
 average is of depths, and the length has room for trees as wide as the last one.
 
 The paper gives no constants, and none are right for free drafts and for dear ones: with a growth of
-two tokens, drafts that cost nothing and are accepted with 0.85 each came to 0.57 of the best fixed
+two tokens, drafts that cost nothing and are accepted with 0.85 each came to 0.55 of the best fixed
 length's speed, for the average leaves whole successes out and so lies below what could be drafted.
 Here `delta` tokens cost about a third of a step, and a draft is longer than the average by what
 costs a fourteenth, by measured times; the rule itself is the paper's. `eta` is large so that two or

@@ -138,7 +138,7 @@ class DraftModel(Part):
     def obstacle(self) -> str:
         """Why no draft is begun before it is known what stands of the one before; "": some are."""
         if self.target is None or self.chains is None:
-            return "steps of the target, and chains of the drafter, must be captured"
+            return "steps of the target and chains of the drafter must be captured, on one device"
         if self.head is not None:
             return "an acceptance head says within a round where drafts end"
         if any(group.window is not None for group in self.runner.groups):
