@@ -9,11 +9,11 @@ from kvarn.bench import online_sim as online
 from kvarn.sim.learner import MOST
 
 WHY = """*Measured are acceptance, the wait for the host between steps that verify (less what a
-draft takes, where none looks at it), and what learning in a thread costs; all else is modelled.* Goodput
-is the requests a second that met both targets; *between steps* all steps of an instance wait for an
-update, *in a thread* they take {slow} times as long (as measured on an H200) and updates take a
-quarter of the time at most. Every instance's drafter learns from its own requests, from the last
-{most} of an interval."""
+draft takes, where none looks at it), and what learning in a thread costs; all else is modelled.*
+Goodput is the requests a second that met both targets; *between steps* all steps of an instance
+wait for an update, *in a thread* they take {slow} times as long (as measured on an H200) and
+updates take a quarter of the time at most. Every instance's drafter learns from its own requests,
+from the last {most} of an interval."""
 
 
 def online_spec_sim(result: dict[str, Any]) -> Lines:
